@@ -1,0 +1,17 @@
+# models and their anatomy
+from .model import Model as Model, load as load
+from .anatomy import Anatomy as Anatomy, Slice as Slice
+from .hooks import record as record, rewrite as rewrite
+
+# nouns
+from .heads import Circuit as Circuit, Head as Head, HeadScores as HeadScores
+from .tasks import Encoded as Encoded, Evaluation as Evaluation, LabelledTask as LabelledTask, evaluate as evaluate
+from .tasks import PairedTask as PairedTask
+from .fewshot import FewShotTask as FewShotTask
+
+# methods
+from .cdt import Node as Node, decompose as decompose, discover as discover, relevance as relevance
+from .attribution import ablation as ablation, gradient as gradient, integrated_gradients as integrated_gradients
+from .faithful import FaithfulnessCurve as FaithfulnessCurve, faithfulness as faithfulness
+from .embedding import select_heads as select_heads, task_embedding as task_embedding
+from .interference import measure_interference as measure_interference

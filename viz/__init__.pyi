@@ -1,0 +1,7 @@
+from .heatmaps import heatmap as heatmap
+from .flows import flow as flow
+from .curves import faithful as faithful, training as training
+from .spectra import interference as interference, spectrum as spectrum
+from .decode import decoding as decoding
+from .routes import routing as routing
+from .page import report as report
