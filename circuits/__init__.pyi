@@ -1,32 +1,18 @@
 # models and their anatomy
-from .anatomy import Anatomy as Anatomy
-from .anatomy import Slice as Slice
-from .attribution import ablation as ablation
-from .attribution import gradient as gradient
-from .attribution import integrated_gradients as integrated_gradients
-
-# methods
-from .cdt import Node as Node
-from .cdt import decompose as decompose
-from .cdt import discover as discover
-from .cdt import relevance as relevance
-from .embedding import select_heads as select_heads
-from .embedding import task_embedding as task_embedding
-from .faithful import FaithfulnessCurve as FaithfulnessCurve
-from .faithful import faithfulness as faithfulness
-from .fewshot import FewShotTask as FewShotTask
+from .model import Model as Model, load as load
+from .anatomy import Anatomy as Anatomy, Slice as Slice
+from .hooks import record as record, rewrite as rewrite
 
 # nouns
-from .heads import Circuit as Circuit
-from .heads import Head as Head
-from .heads import HeadScores as HeadScores
-from .hooks import record as record
-from .hooks import rewrite as rewrite
+from .heads import Circuit as Circuit, Head as Head, HeadScores as HeadScores
+from .tasks import LabelledTask as LabelledTask, PairedTask as PairedTask
+from .fewshot import FewShotTask as FewShotTask
+from .encoding import Encoded as Encoded, Evaluation as Evaluation, evaluate as evaluate
+
+# methods
+from .cdt import Node as Node, decompose as decompose, discover as discover, relevance as relevance
+from .means import mean_activations as mean_activations
+from .attribution import ablation as ablation, gradient as gradient, integrated_gradients as integrated_gradients
+from .faithful import FaithfulnessCurve as FaithfulnessCurve, faithfulness as faithfulness
+from .embedding import select_heads as select_heads, task_embedding as task_embedding
 from .interference import measure_interference as measure_interference
-from .model import Model as Model
-from .model import load as load
-from .tasks import Encoded as Encoded
-from .tasks import Evaluation as Evaluation
-from .tasks import LabelledTask as LabelledTask
-from .tasks import PairedTask as PairedTask
-from .tasks import evaluate as evaluate

@@ -1,9 +1,9 @@
-from .injection import inject as inject
 from .masks import HeadMask as HeadMask
-from .merging import merge as merge
+from .restriction import restrict as restrict
+from .tuning import finetune as finetune
 from .muon import orthogonalize as orthogonalize
+from .sift import SIFT as SIFT
+from .merging import merge as merge
+from .injection import inject as inject
 from .prelogits import aisp as aisp
 from .renyi import RenyiEnsemble as RenyiEnsemble
-from .restriction import restrict as restrict
-from .sift import SIFT as SIFT
-from .tuning import finetune as finetune

@@ -1,9 +1,7 @@
-from .curves import faithful as faithful
-from .curves import training as training
-from .decode import decoding as decoding
-from .flows import flow as flow
 from .heatmaps import heatmap as heatmap
-from .page import report as report
+from .flows import flow as flow
+from .curves import faithful as faithful, training as training
+from .spectra import interference as interference, spectrum as spectrum
+from .decode import decoding as decoding
 from .routes import routing as routing
-from .spectra import interference as interference
-from .spectra import spectrum as spectrum
+from .page import report as report
