@@ -14,5 +14,6 @@ from .cdt import Node as Node, decompose as decompose, discover as discover, rel
 from .means import mean_activations as mean_activations
 from .attribution import ablation as ablation, gradient as gradient, integrated_gradients as integrated_gradients
 from .faithful import FaithfulnessCurve as FaithfulnessCurve, faithfulness as faithfulness
-from .embedding import select_heads as select_heads, task_embedding as task_embedding
+from .embedding import TaskEmbedding as TaskEmbedding, task_embedding as task_embedding
+from .selection import HeadSelection as HeadSelection, select_heads as select_heads
 from .interference import measure_interference as measure_interference

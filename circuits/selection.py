@@ -1,0 +1,252 @@
+"""SITE stage 2: learn which heads carry the task, one number per head (Park et al. 2026, section 3, eq. 4).
+
+1. alpha = sigmoid(theta), theta = 0 at the start, so alpha = 0.5 everywhere.
+2. Each step: zero-shot prompts drawn with replacement; z of the last token becomes (1 - alpha) z + alpha t, all heads at once.
+3. loss = cross-entropy of the answer's first token; Adam on theta (lr 0.2, 400 steps); the model is frozen.
+4. Every `validate_every` steps the loss on held-out prompts is measured; the checkpoint kept is its minimum.
+
+Steps are one-token decodes over an exact prefix cache (`prefix.py`). Rows of several tasks and seeds share one batch and one
+backward: a row's loss depends on its own theta only and Adam is element-wise, so this equals separate fits.
+Penalties, off by default: `l1` adds l1 * sum(alpha), which keeps only needed heads; `chg` subtracts chg * mean(theta), the
+sign-controlled pull of causal head gating (Nam et al. 2025), see `roles.py`.
+"""
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from .embedding import TaskEmbedding, check_causal, check_embedding
+from .fewshot import FewShotTask, encode_prompts
+from .files import load_tensors, save_tensors
+from .heads import HeadScores
+from .prefix import PrefixCache, frozen
+from .progress import track
+
+
+def site_loss(
+    prompts: PrefixCache,
+    rows: Int[Tensor, "run row"],
+    theta: Float[Tensor, "run layer head"],
+    embedding: Float[Tensor, "run layer head d_head"],
+) -> Float[Tensor, " run"]:
+    """Each run's mean cross-entropy of the first answer token, after mixing its own embedding with its own alpha."""
+    runs, batch = rows.shape
+    alpha = torch.sigmoid(theta).repeat_interleave(batch, 0)
+    logits = prompts.decode(rows.flatten(), alpha, embedding.repeat_interleave(batch, 0))
+    loss = cross_entropy(logits.float(), prompts.prompts.first[rows.flatten()], reduction="none")
+    return loss.view(runs, batch).mean(1)
+
+
+@dataclass(frozen=True, eq=False)
+class HeadSelection(HeadScores):
+    """Soft alpha per head, as scores: `values` is the mean over seeds (`examples`, one per seed).
+
+    `alpha` is what `inject` uses: the checkpoint of the seed with the lowest validation loss.
+    """
+
+    theta: Float[Tensor, "seed layer head"] = field(default_factory=lambda: torch.zeros(1, 1, 1))
+    validation: Float[Tensor, " seed"] = field(default_factory=lambda: torch.zeros(1))
+    curve: Float[Tensor, "check seed"] = field(default_factory=lambda: torch.zeros(1, 1))
+    checks: tuple[int, ...] = ()
+    best_step: tuple[int, ...] = ()
+    seconds: float = 0.0
+
+    @property
+    def alpha(self) -> Float[Tensor, "layer head"]:
+        return torch.sigmoid(self.theta[self.validation.argmin()])
+
+    def agreement(self) -> dict[str, float]:
+        """Mean over pairs of seeds: rank correlation of alpha, and Jaccard of {alpha > 0.5}. A lone seed has neither."""
+        if len(self.theta) < 2:
+            raise ValueError("agreement compares seeds and this selection has one; fit with seeds=2 or more")
+        from scipy.stats import spearmanr
+
+        flat = torch.sigmoid(self.theta).flatten(1)
+        pairs = [(a, b) for a in range(len(flat)) for b in range(a)]
+        rank = [float(spearmanr(flat[a].numpy(), flat[b].numpy())[0]) for a, b in pairs]
+        both = [((flat[a] > 0.5) & (flat[b] > 0.5)).sum().item() for a, b in pairs]
+        either = [((flat[a] > 0.5) | (flat[b] > 0.5)).sum().item() for a, b in pairs]
+        jaccard = [x / y if y else 1.0 for x, y in zip(both, either, strict=True)]
+        return {"spearman": sum(rank) / len(pairs), "jaccard": sum(jaccard) / len(pairs)}
+
+    def save(self, stem: str | Path) -> Path:
+        tensors = {"theta": self.theta, "validation": self.validation, "curve": self.curve}
+        meta = {"checks": self.checks, "best_step": self.best_step, "seconds": self.seconds}
+        return save_tensors(stem, tensors, {"format": "luthier.selection/1", **self.provenance(), **meta})
+
+    @classmethod
+    def load(cls, stem: str | Path) -> "HeadSelection":
+        tensors, meta = load_tensors(stem)
+        if meta.pop("format", None) != "luthier.selection/1":
+            raise ValueError(f"{str(stem)!r} does not hold a head selection; expected a pair written by HeadSelection.save")
+        meta.update(checks=tuple(meta["checks"]), best_step=tuple(meta["best_step"]))
+        alpha = torch.sigmoid(tensors["theta"])
+        return cls(values=alpha.mean(0), examples=alpha if len(alpha) > 1 else None, **tensors, **meta)
+
+
+def select_heads(
+    model: Any,
+    task: FewShotTask | Mapping[str, FewShotTask],
+    embedding: TaskEmbedding | Tensor | Mapping[str, TaskEmbedding | Tensor],
+    *,
+    steps: int = 400,
+    lr: float = 0.2,
+    batch_size: int = 8,
+    seeds: int = 1,
+    seed: int = 0,
+    validation: FewShotTask | Mapping[str, FewShotTask] | None = None,
+    validate_every: int = 50,
+    patience: int | None = None,
+    l1: float = 0.0,
+    chg: float = 0.0,
+    prefix_cache: bool = True,
+    progress: bool = True,
+) -> "HeadSelection | dict[str, HeadSelection]":
+    """Fit alpha for one task, or for a mapping of tasks in one backward (a mapping of selections is then returned).
+
+    Without `validation`, a fifth of the rows (100 at most, as in the paper) is held out. The paper's batch size is 1; rows
+    are one token each here, so 8 is the default. `patience` stops after that many checks without improvement in any run.
+    """
+    check_causal(model)
+    many = isinstance(task, Mapping)
+    tasks = dict(task) if isinstance(task, Mapping) else {"": task}
+    embeddings = dict(embedding) if isinstance(embedding, Mapping) else {"": embedding}
+    held = dict(validation) if isinstance(validation, Mapping) else {"": validation} if validation is not None else None
+    if set(tasks) != set(embeddings) or (held is not None and set(tasks) != set(held)):
+        raise ValueError(f"tasks {sorted(tasks)} and embeddings {sorted(embeddings)} (and validation) must have the same names")
+    if min(steps, batch_size, seeds, validate_every) < 1:
+        raise ValueError(f"steps={steps}, batch_size={batch_size}, seeds={seeds}, validate_every={validate_every}: each must be >= 1")
+    started = time.perf_counter()
+    data = {name: _split(tasks[name], held[name] if held else None, seed) for name in tasks}
+    vectors = torch.stack([check_embedding(model, embeddings[name]) for name in tasks])
+    draws = _draws([len(train) for train, _ in data.values()], steps, batch_size, seeds, seed)
+    fit = _fit(model, list(data.values()), vectors, draws, lr, validate_every, patience, l1, chg, prefix_cache, progress)
+    seconds = time.perf_counter() - started
+    options = {"steps": steps, "lr": lr, "batch_size": batch_size, "seeds": seeds, "l1": l1, "chg": chg, "units": "alpha"}
+    found = {}
+    for number, name in enumerate(tasks):
+        theta, losses = fit.theta[number], fit.curve[:, number]
+        alpha = torch.sigmoid(theta)
+        found[name] = HeadSelection(
+            values=alpha.mean(0),
+            method="site",
+            examples=alpha if seeds > 1 else None,
+            model=model.name,
+            revision=model.revision,
+            task=tasks[name].name,
+            data=tasks[name].fingerprint,
+            seed=seed,
+            options=options,
+            theta=theta,
+            validation=losses.min(0).values,
+            curve=losses,
+            checks=fit.checks,
+            best_step=tuple(fit.checks[index] for index in losses.argmin(0).tolist()),
+            seconds=seconds,
+        )
+    return found if many else found[""]
+
+
+@dataclass
+class _Fit:
+    theta: Float[Tensor, "task seed layer head"]
+    curve: Float[Tensor, "check task seed"]
+    checks: tuple[int, ...]
+
+
+def _split(task: FewShotTask, validation: FewShotTask | None, seed: int) -> tuple[FewShotTask, FewShotTask]:
+    if validation is not None:
+        return task, validation
+    if len(task) < 5:
+        raise ValueError(f"task {task.name!r} has {len(task)} rows; 5 are needed to hold some out, or give validation=")
+    held, train = task.split(min(100, len(task) // 5), seed)
+    return train, held
+
+
+def _draws(sizes: Sequence[int], steps: int, batch: int, seeds: int, seed: int) -> Int[Tensor, "step task seed batch"]:
+    """Row numbers with replacement. Each task and seed has its own generator: a run does not depend on its company."""
+    runs = [
+        [torch.randint(size, (steps, batch), generator=torch.Generator().manual_seed(seed + offset)) for offset in range(seeds)]
+        for size in sizes
+    ]
+    return torch.stack([torch.stack(run, 1) for run in runs], 1)
+
+
+def _fit(
+    model: Any,
+    data: Sequence[tuple[FewShotTask, FewShotTask]],
+    vectors: Float[Tensor, "task layer head d_head"],
+    draws: Int[Tensor, "step task seed batch"],
+    lr: float,
+    validate_every: int,
+    patience: int | None,
+    l1: float,
+    chg: float,
+    prefix_cache: bool,
+    progress: bool,
+) -> _Fit:
+    steps, tasks, seeds, _ = draws.shape
+    train, draws = _encode_drawn(model, [rows for rows, _ in data], draws, prefix_cache)
+    held = [PrefixCache(model, encode_prompts(model, rows.prompts()), reuse=prefix_cache) for _, rows in data]
+    embedding = vectors.repeat_interleave(seeds, 0)
+    theta = torch.zeros(tasks * seeds, *vectors.shape[1:3], device=vectors.device, requires_grad=True)
+    optimizer = torch.optim.Adam([theta], lr=lr)
+    curve, checks = [_validate(held, theta, embedding)], [0]
+    best, best_theta = curve[0].clone(), theta.detach().clone()
+    stale = 0
+    with frozen(model.hf):
+        for step in track(range(steps), "head selection", enabled=progress):
+            loss = site_loss(train, draws[step].flatten(0, 1).to(theta.device), theta, embedding).sum()
+            if l1:
+                loss = loss + l1 * torch.sigmoid(theta).sum()
+            if chg:
+                loss = loss - chg * theta.flatten(1).mean(1).sum()
+            (theta.grad,) = torch.autograd.grad(loss, [theta])
+            optimizer.step()
+            if (step + 1) % validate_every and step + 1 < steps:
+                continue
+            curve.append(_validate(held, theta, embedding))
+            checks.append(step + 1)
+            better = curve[-1] < best
+            best = torch.where(better, curve[-1], best)
+            best_theta = torch.where(better[:, None, None], theta.detach(), best_theta)
+            stale = 0 if better.any() else stale + 1
+            if patience is not None and stale >= patience:
+                break
+    shape = (tasks, seeds)
+    return _Fit(best_theta.cpu().unflatten(0, shape), torch.stack(curve).cpu().unflatten(1, shape), tuple(checks))
+
+
+def _encode_drawn(
+    model: Any, tasks: Sequence[FewShotTask], draws: Int[Tensor, "step task seed batch"], prefix_cache: bool
+) -> tuple[PrefixCache, Int[Tensor, "step task seed batch"]]:
+    """One prefix cache of the rows that are drawn at all, and the draws renumbered to its rows."""
+    prompts, numbered = [], torch.empty_like(draws)
+    for number, task in enumerate(tasks):
+        used, inverse = draws[:, number].unique(return_inverse=True)
+        numbered[:, number] = inverse + len(prompts)
+        prompts += task.select(used.tolist()).prompts()
+    return PrefixCache(model, encode_prompts(model, prompts), reuse=prefix_cache), numbered
+
+
+@torch.no_grad()
+def _validate(
+    held: Sequence[PrefixCache],
+    theta: Float[Tensor, "run layer head"],
+    embedding: Float[Tensor, "run layer head d_head"],
+) -> Float[Tensor, " run"]:
+    """Mean held-out loss of every run: one decode per run, all its rows at once."""
+    seeds = len(theta) // len(held)
+    losses = []
+    for run in range(len(theta)):
+        prompts = held[run // seeds]
+        rows = torch.arange(len(prompts), device=theta.device)[None]
+        losses.append(site_loss(prompts, rows, theta[run : run + 1], embedding[run : run + 1]))
+    return torch.cat(losses)
