@@ -73,7 +73,7 @@ class FewShotTask:
                 raise ValueError(f"{len(empty)} rows of task {self.name!r} have an empty {column} (rows {rows}); drop them")
 
     @classmethod
-    def from_pairs(cls, pairs: Iterable[tuple[Any, Any]], template: str = QA, **options: Any) -> "FewShotTask":
+    def from_pairs(cls, pairs: Iterable[Sequence[Any]], template: str = QA, **options: Any) -> "FewShotTask":
         rows = list(pairs)
         for number, pair in enumerate(rows):
             if isinstance(pair, str) or len(pair) != 2:

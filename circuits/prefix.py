@@ -99,7 +99,8 @@ def forward(model: Any, tokens: Tensor, mask: Tensor, past_key_values: Any = Non
         options["position_ids"] = positions[:, -tokens.shape[1] :]
     if "logits_to_keep" in accepted and logits_to_keep:
         options["logits_to_keep"] = logits_to_keep
-    return model.hf(input_ids=tokens, **options)
+    with model.evaluating():
+        return model.hf(input_ids=tokens, **options)
 
 
 def _selected(cache: Any, rows: Tensor) -> Any:

@@ -42,14 +42,13 @@ def loaded(family: str) -> Any:
 
 UPPER, HEADS, D_HEAD = "ABCDEFGH", 4, 32
 PLANTED = (0, 2)
-COPY = (1, 1)
 
 
 def planted_model(seed: int = 0) -> Any:
     """Two layers of four heads, built by hand; attention only.
 
-    a0.h2 (planted) attends to capitals and writes "capital"; a1.h1 copies the letter before the last token. The unembedding
-    adds the two: "A" = letter a + capital. So "a:" gives "a", and "b:B d:D a:" gives "A". The other six heads are noise.
+    a0.h2 (planted) attends to capitals and writes "capital"; the other seven, each with its own strength, copy the letter before
+    the last token. The unembedding adds the two: "A" = letter a + capital. So "a:" gives "a", and "b:B d:D a:" gives "A".
     """
     import transformers
 
@@ -58,7 +57,8 @@ def planted_model(seed: int = 0) -> Any:
     d_model, positions = HEADS * D_HEAD, 30
     tokenizer = character_tokenizer()
     config = transformers.GPT2Config(
-        vocab_size=len(tokenizer), n_embd=d_model, n_layer=2, n_head=HEADS, n_positions=positions, tie_word_embeddings=False
+        vocab_size=len(tokenizer), n_embd=d_model, n_layer=2, n_head=HEADS, n_positions=positions, tie_word_embeddings=False,
+        bos_token_id=1, eos_token_id=2,
     )
     hf = transformers.GPT2LMHeadModel(config).eval()
     generator = torch.Generator().manual_seed(seed)
@@ -79,10 +79,12 @@ def planted_model(seed: int = 0) -> Any:
         hf.transformer.wpe.weight[:, place : place + positions] = torch.eye(positions)
         for layer in range(2):
             attention = hf.transformer.h[layer].attn
-            attention.c_attn.weight.copy_(0.02 * torch.randn(d_model, 3 * d_model, generator=generator))
-            attention.c_proj.weight.copy_(0.02 * torch.randn(d_model, d_model, generator=generator))
-        _plant_case(hf.transformer.h[0].attn, capital, place, positions)
-        _plant_copy(hf.transformer.h[1].attn, small, place, positions)
+            for head in range(HEADS):
+                if (layer, head) == PLANTED:
+                    _plant_case(attention, head, capital, place, positions)
+                else:
+                    strength = 0.5 + torch.rand((), generator=generator).item()
+                    _plant_copy(attention, head, small, place, positions, strength)
     return load(hf, tokenizer)
 
 
@@ -98,23 +100,23 @@ def _parts(attention: Any, head: int) -> tuple[torch.Tensor, ...]:
     return tuple(parts)
 
 
-def _plant_case(attention: Any, capital: int, place: int, positions: int) -> None:
-    q, k, v, o = _parts(attention, PLANTED[1])
+def _plant_case(attention: Any, head: int, capital: int, place: int, positions: int) -> None:
+    q, k, v, o = _parts(attention, head)
     q[place : place + positions, 0] = 2.0
     k[capital, 0] = 2.0
     v[capital, 0] = 0.3
     o[0, capital] = 3.0
 
 
-def _plant_copy(attention: Any, small: int, place: int, positions: int) -> None:
-    q, k, v, o = _parts(attention, COPY[1])
+def _plant_copy(attention: Any, head: int, small: int, place: int, positions: int, strength: float) -> None:
+    q, k, v, o = _parts(attention, head)
     for position in range(1, positions):
         q[place + position, position - 1] = 3.0
     k[place : place + positions, :positions] = 3.0 * torch.eye(positions)
     # Values hold the letter and its case: eight letters, then "small".
     for index in range(small + 1):
-        v[index, index] = 0.3
-        o[index, index] = 3.0
+        v[index, index] = 0.1
+        o[index, index] = strength
 
 
 def capitals() -> Any:
