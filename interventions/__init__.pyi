@@ -7,3 +7,4 @@ from .merging import merge as merge
 from .injection import inject as inject
 from .prelogits import aisp as aisp
 from .renyi import RenyiEnsemble as RenyiEnsemble
+from .rewards import classifier_reward as classifier_reward, likelihood_reward as likelihood_reward, rowwise as rowwise
