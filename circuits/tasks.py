@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol, Self
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import torch
 
@@ -33,7 +33,7 @@ class Task(Protocol):
     @property
     def fingerprint(self) -> str: ...
     def __len__(self) -> int: ...
-    def select(self, indices: Sequence[int]) -> Self: ...
+    def select(self, indices: Sequence[int]) -> "Task": ...
     def encode(self, model: "Model") -> Encoded: ...
 
 
@@ -124,19 +124,19 @@ class LabelledTask(_Selectable):
     @classmethod
     def from_rows(
         cls, rows: Iterable[Mapping[str, Any]], text: str = "text", label: str = "label", **options: Any
-    ) -> Self:
+    ) -> "LabelledTask":
         """From dictionaries. `options` are the fields of the class: template, label_words, name, max_length, truncate, padding_side."""
         rows = list(rows)
         return cls(tuple(_column(rows, text)), tuple(_column(rows, label)), **options)
 
     @classmethod
-    def from_csv(cls, path: str | Path, text: str = "text", label: str = "label", **options: Any) -> Self:
+    def from_csv(cls, path: str | Path, text: str = "text", label: str = "label", **options: Any) -> "LabelledTask":
         """From a CSV, TSV, JSON or JSONL file. Raises FileNotFoundError, ValueError."""
         options.setdefault("name", f"{Path(path).parent.name}/{Path(path).stem}".strip("/"))
         return cls.from_rows(read_rows(path), text, label, **options)
 
     @classmethod
-    def from_dataset(cls, dataset: Any, text: str = "text", label: str = "label", **options: Any) -> Self:
+    def from_dataset(cls, dataset: Any, text: str = "text", label: str = "label", **options: Any) -> "LabelledTask":
         """From a `datasets.Dataset`; class labels are turned into their names."""
         feature = dataset.features.get(label)
         named = getattr(feature, "int2str", None)
@@ -147,7 +147,7 @@ class LabelledTask(_Selectable):
     def __len__(self) -> int:
         return len(self.texts)
 
-    def __getitem__(self, where: slice) -> Self:
+    def __getitem__(self, where: slice) -> "LabelledTask":
         return self.select(range(len(self))[where])
 
     def __repr__(self) -> str:
@@ -158,11 +158,11 @@ class LabelledTask(_Selectable):
     def fingerprint(self) -> str:
         return files.fingerprint([self.texts, self.labels, self.template, dict(self.label_words)])
 
-    def select(self, indices: Sequence[int]) -> Self:
+    def select(self, indices: Sequence[int]) -> "LabelledTask":
         texts, labels = tuple(self.texts[i] for i in indices), tuple(self.labels[i] for i in indices)
         return replace(self, texts=texts, labels=labels)
 
-    def balanced(self, n: int, seed: int = 0) -> Self:
+    def balanced(self, n: int, seed: int = 0) -> "LabelledTask":
         """n examples with equal numbers per label (the first labels take the remainder). Raises ValueError when a label runs short."""
         shuffled = random.Random(seed).sample(range(len(self)), len(self))
         chosen: list[int] = []
@@ -255,7 +255,7 @@ class PairedTask(_Selectable):
     padding_side: Side = "right"
 
     @classmethod
-    def from_rows(cls, rows: Iterable[Mapping[str, Any]], model: "Model | None" = None, **options: Any) -> Self:
+    def from_rows(cls, rows: Iterable[Mapping[str, Any]], model: "Model | None" = None, **options: Any) -> "PairedTask":
         """From dictionaries with prompt, answer, distractor and, if there are twins, corrupted. With a model, answers are checked now."""
         rows = list(rows)
         if not rows:
@@ -267,14 +267,14 @@ class PairedTask(_Selectable):
         return task
 
     @classmethod
-    def from_file(cls, path: str | Path, model: "Model | None" = None, **options: Any) -> Self:
+    def from_file(cls, path: str | Path, model: "Model | None" = None, **options: Any) -> "PairedTask":
         """From a CSV, TSV, JSON or JSONL file with those columns."""
         return cls.from_rows(read_rows(path), model, **{"name": Path(path).stem, **options})
 
     def __len__(self) -> int:
         return len(self.prompts)
 
-    def __getitem__(self, where: slice) -> Self:
+    def __getitem__(self, where: slice) -> "PairedTask":
         return self.select(range(len(self))[where])
 
     def __repr__(self) -> str:
@@ -285,7 +285,7 @@ class PairedTask(_Selectable):
     def fingerprint(self) -> str:
         return files.fingerprint([self.prompts, self.answers, self.distractors, self.corrupted])
 
-    def select(self, indices: Sequence[int]) -> Self:
+    def select(self, indices: Sequence[int]) -> "PairedTask":
         fields = ("prompts", "answers", "distractors", "corrupted")
         return replace(self, **{name: tuple(getattr(self, name)[i] for i in indices) for name in fields})
 
@@ -355,5 +355,6 @@ def single_tokens(model: "Model", words: Sequence[str], prompt: str = "") -> lis
             f"not one token: {', '.join(wrong)}; choose words that the tokenizer keeps whole (label_words= for labels)"
         )
     if len(set(found)) < len(found):
-        raise ValueError(f"two of the words {', '.join(map(repr, words))} are the same token; choose words that differ")
+        twins = [repr(word) for word, token in zip(words, found, strict=True) if found.count(token) > 1]
+        raise ValueError(f"{' and '.join(twins)} are the same token; choose words that differ")
     return found

@@ -82,7 +82,9 @@ def test_scores_refuse_nan_and_name_the_head():
 
 
 def test_saved_nouns_load_equal(tmp_path):
-    s = scores([[1.0, 2.0]], [[[1.0, 2.0]], [[1.0, 2.0]]], model="m", task="t", data="d", seed=3, options={"rules": "exact"})
+    s = scores(
+        [[1.0, 2.0]], [[[1.0, 2.0]], [[1.0, 2.0]]], model="m", task="t", data="d", seed=3, options={"rules": "exact"}
+    )
     s.save(tmp_path / "s")
     loaded = HeadScores.load(tmp_path / "s.safetensors")
     assert torch.equal(loaded.values, s.values) and torch.equal(loaded.examples, s.examples)
