@@ -16,4 +16,8 @@ from .attribution import ablation as ablation, gradient as gradient, integrated_
 from .faithful import FaithfulnessCurve as FaithfulnessCurve, faithfulness as faithfulness
 from .embedding import TaskEmbedding as TaskEmbedding, task_embedding as task_embedding
 from .selection import HeadSelection as HeadSelection, select_heads as select_heads
+from .alphas import AlphaCurve as AlphaCurve, alpha_curve as alpha_curve
+from .transfer import TransferMatrix as TransferMatrix, transfer_matrix as transfer_matrix
+from .head_effects import indirect_effect as indirect_effect, leave_one_out as leave_one_out, slope as slope
+from .roles import HeadRoles as HeadRoles, head_roles as head_roles, null_selections as null_selections
 from .interference import measure_interference as measure_interference

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from .fewshot import EncodedPrompts
@@ -88,6 +88,27 @@ class PrefixCache:
 
         with rewrite(self.model, "z", edit):
             return self.logits(rows)
+
+    @torch.no_grad()
+    def outcomes(
+        self,
+        alphas: Float[Tensor, "setting layer head"],
+        embeddings: Float[Tensor, "#setting layer head d_head"],
+        max_rows: int = 256,
+    ) -> tuple[Float[Tensor, "setting row"], Bool[Tensor, "setting row"]]:
+        """First-answer-token loss and hit of every prompt under every setting of alpha, `max_rows` decodes at a time."""
+        settings, prompts = len(alphas), len(self)
+        device = self.prompts.first.device
+        alphas, embeddings = alphas.to(device), embeddings.to(device)
+        losses, hits = [], []
+        for part in torch.arange(settings * prompts, device=device).split(max_rows):
+            setting, row = part // prompts, part % prompts
+            embedding = embeddings if len(embeddings) == 1 else embeddings[setting]
+            logits = self.decode(row, alphas[setting], embedding).float()
+            losses.append(torch.nn.functional.cross_entropy(logits, self.prompts.first[row], reduction="none"))
+            hits.append(logits.argmax(-1) == self.prompts.first[row])
+        shape = (settings, prompts)
+        return torch.cat(losses).view(shape).cpu(), torch.cat(hits).view(shape).cpu()
 
 
 def forward(model: Any, tokens: Tensor, mask: Tensor, past_key_values: Any = None, logits_to_keep: int = 0) -> Any:

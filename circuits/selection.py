@@ -8,7 +8,7 @@
 Steps are one-token decodes over an exact prefix cache (`prefix.py`). Rows of several tasks and seeds share one batch and one
 backward: a row's loss depends on its own theta only and Adam is element-wise, so this equals separate fits.
 Penalties, off by default: `l1` adds l1 * sum(alpha), which keeps only needed heads; `chg` subtracts chg * mean(theta), the
-sign-controlled pull of causal head gating (Nam et al. 2025), see `roles.py`.
+sign-controlled pull of causal head gating (Nam et al. 2025), see `roles.py`. They count in the checkpoint's loss as well.
 """
 
 import time
@@ -44,7 +44,12 @@ def site_loss(
     return loss.view(runs, batch).mean(1)
 
 
-@dataclass(frozen=True, eq=False)
+def penalty(theta: Float[Tensor, "run layer head"], l1: float | int, chg: float | int) -> Float[Tensor, " run"]:
+    """What is added to each run's loss; zero by default."""
+    return l1 * torch.sigmoid(theta).flatten(1).sum(1) - chg * theta.flatten(1).mean(1)
+
+
+@dataclass(frozen=True, eq=False, repr=False)
 class HeadSelection(HeadScores):
     """Soft alpha per head, as scores: `values` is the mean over seeds (`examples`, one per seed).
 
@@ -97,15 +102,15 @@ def select_heads(
     embedding: TaskEmbedding | Tensor | Mapping[str, TaskEmbedding | Tensor],
     *,
     steps: int = 400,
-    lr: float = 0.2,
+    lr: float | int = 0.2,
     batch_size: int = 8,
     seeds: int = 1,
     seed: int = 0,
     validation: FewShotTask | Mapping[str, FewShotTask] | None = None,
     validate_every: int = 50,
     patience: int | None = None,
-    l1: float = 0.0,
-    chg: float = 0.0,
+    l1: float | int = 0.0,
+    chg: float | int = 0.0,
     prefix_cache: bool = True,
     progress: bool = True,
 ) -> "HeadSelection | dict[str, HeadSelection]":
@@ -184,11 +189,11 @@ def _fit(
     data: Sequence[tuple[FewShotTask, FewShotTask]],
     vectors: Float[Tensor, "task layer head d_head"],
     draws: Int[Tensor, "step task seed batch"],
-    lr: float,
+    lr: float | int,
     validate_every: int,
     patience: int | None,
-    l1: float,
-    chg: float,
+    l1: float | int,
+    chg: float | int,
     prefix_cache: bool,
     progress: bool,
 ) -> _Fit:
@@ -198,21 +203,17 @@ def _fit(
     embedding = vectors.repeat_interleave(seeds, 0)
     theta = torch.zeros(tasks * seeds, *vectors.shape[1:3], device=vectors.device, requires_grad=True)
     optimizer = torch.optim.Adam([theta], lr=lr)
-    curve, checks = [_validate(held, theta, embedding)], [0]
+    curve, checks = [_validate(held, theta, embedding) + penalty(theta.detach(), l1, chg)], [0]
     best, best_theta = curve[0].clone(), theta.detach().clone()
     stale = 0
     with frozen(model.hf):
         for step in track(range(steps), "head selection", enabled=progress):
-            loss = site_loss(train, draws[step].flatten(0, 1).to(theta.device), theta, embedding).sum()
-            if l1:
-                loss = loss + l1 * torch.sigmoid(theta).sum()
-            if chg:
-                loss = loss - chg * theta.flatten(1).mean(1).sum()
-            (theta.grad,) = torch.autograd.grad(loss, [theta])
+            loss = site_loss(train, draws[step].flatten(0, 1).to(theta.device), theta, embedding)
+            (theta.grad,) = torch.autograd.grad((loss + penalty(theta, l1, chg)).sum(), [theta])
             optimizer.step()
             if (step + 1) % validate_every and step + 1 < steps:
                 continue
-            curve.append(_validate(held, theta, embedding))
+            curve.append(_validate(held, theta, embedding) + penalty(theta.detach(), l1, chg))
             checks.append(step + 1)
             better = curve[-1] < best
             best = torch.where(better, curve[-1], best)

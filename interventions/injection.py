@@ -32,7 +32,7 @@ def inject(
     selection: Selection,
     *,
     top_k: int | None = None,
-    threshold: float | None = None,
+    threshold: float | int | None = None,
 ) -> Iterator[PromptEnd]:
     """While the block runs, every prompt given to `model` (or to `model.hf`, or to `generate`) is injected once.
 
@@ -54,7 +54,7 @@ def inject(
             yield end
 
 
-def _alpha(model: Any, selection: Selection, top_k: int | None, threshold: float | None) -> Float[Tensor, "layer head"]:
+def _alpha(model: Any, selection: Selection, top_k: int | None, threshold: float | int | None) -> Float[Tensor, "layer head"]:
     anatomy = model.anatomy
     expected = (anatomy.n_layers, anatomy.n_heads)
     if isinstance(selection, Circuit):

@@ -109,11 +109,11 @@ def test_patience_stops_a_fit_that_no_longer_improves():
     assert found.checks[-1] < 60
 
 
-@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("seed", range(3))
 def test_a_planted_head_ranks_first_on_every_seed(seed):
     model = planted_model(seed)
     embedding = task_embedding(model, capitals(), n_prompts=20, n_shots=4, seed=seed, progress=False)
-    found = select_heads(model, capitals(), embedding, steps=60, seeds=2, seed=10 * seed, validate_every=20, progress=False)
+    found = select_heads(model, capitals(), embedding, steps=40, seeds=3, seed=10 * seed, validate_every=20, progress=False)
     for alpha in torch.sigmoid(found.theta):
         assert Head(*divmod(int(alpha.argmax()), 4)) == PLANTED
     assert found.rank()[0] == PLANTED and found.alpha[PLANTED] > 0.8
