@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 import torch
 
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 Side = Literal["left", "right"]
 
 
+@runtime_checkable
 class Task(Protocol):
     """What methods ask of a task."""
 

@@ -1,5 +1,7 @@
 """Tiny random models of every supported family, seeded, with non-zero biases and norms, so that no term can hide."""
 
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -76,3 +78,37 @@ def shared_tiny(family: str) -> Any:
 def ragged(n: int = 3, lengths: tuple[int, ...] = (9, 5, 7), seed: int = 0) -> list[list[int]]:
     generator = torch.Generator().manual_seed(seed)
     return [torch.randint(3, VOCABULARY, (lengths[i % len(lengths)],), generator=generator).tolist() for i in range(n)]
+
+
+@dataclass
+class TokenTask:
+    """A task of token ids: three columns, ragged rows, twins of the same length; no tokenizer needed."""
+
+    side: str = "right"
+    n: int = 5
+    twins: bool = False
+    rows: tuple[int, ...] | None = None
+    name: str = "tokens"
+    fingerprint: str = "tokens"
+
+    def __len__(self) -> int:
+        return self.n if self.rows is None else len(self.rows)
+
+    def select(self, indices: Sequence[int]) -> "TokenTask":
+        rows = range(self.n) if self.rows is None else self.rows
+        return replace(self, rows=tuple(rows[i] for i in indices))
+
+    def encode(self, model: Any) -> Any:
+        encoded = self._encode(model, seed=0)
+        encoded = replace(encoded, corrupted=self._encode(model, seed=1)) if self.twins else encoded
+        return encoded if self.rows is None else encoded.select(self.rows)
+
+    def _encode(self, model: Any, seed: int) -> Any:
+        from circuits import Encoded
+
+        tokens, mask = model.pad(ragged(self.n, seed=seed), side=self.side)
+        columns = torch.tensor([0, 1, 2] if model.kind == "classifier" else [7, 11, 30])
+        gold = torch.arange(self.n) % 3
+        direction = torch.full((self.n, 3), -0.5)
+        direction[torch.arange(self.n), gold] = 1.0
+        return Encoded(tokens, mask, model.pooled_position(tokens, mask), columns, direction, gold, gold)
