@@ -28,7 +28,9 @@ Norms = Literal["all", "circuit", "none"]
 FORMAT = "luthier.mask/1"
 
 
-def slices_of(circuit: Circuit, anatomy: Anatomy, kv: KV | str, norms: Norms | str, biases: bool, sizes: Mapping[str, int]) -> list[Slice]:
+def slices_of(
+    circuit: Circuit, anatomy: Anatomy, kv: KV | str, norms: Norms | str, biases: bool, sizes: Mapping[str, int]
+) -> list[Slice]:
     """Steps 1-3: the slices that may move, disjoint, sorted by name. `sizes[name]` is the length of a norm parameter."""
     whole = {group for group in groups(circuit, anatomy) if members(group, anatomy) <= circuit.heads}
     found = set()
@@ -78,7 +80,9 @@ class HeadMask:
         lengths = {name: every[name][0] for name in anatomy.norm_parameters}
         slices = slices_of(circuit, anatomy, kv, norms, biases, lengths)
         if not slices:
-            raise ValueError("this mask would train nothing: the circuit is empty and norms='none'; name at least one head")
+            raise ValueError(
+                "this mask would train nothing: the circuit is empty and norms='none'; name at least one head"
+            )
         return cls(
             circuit=circuit,
             slices=tuple(slices),
@@ -113,7 +117,11 @@ class HeadMask:
         sizes = sizes_of(model.anatomy)
         differ = [f"{key} {mine!r}, not {sizes[key]!r}" for key, mine in self.sizes.items() if sizes.get(key) != mine]
         shapes = parameter_shapes(model)
-        differ += [f"{name} {shape}, not {shapes.get(name)}" for name, shape in self.shapes.items() if shapes.get(name) != shape]
+        differ += [
+            f"{name} {shape}, not {shapes.get(name)}"
+            for name, shape in self.shapes.items()
+            if shapes.get(name) != shape
+        ]
         if differ:
             was = f"mask was made for {self.model or 'another model'} ({'; '.join(differ[:3])})"
             raise ValueError(f"{was}; make one for {model.name} with HeadMask.from_circuit")

@@ -97,18 +97,26 @@ def check(hf: nn.Module, name: str, parameters: dict[str, nn.Parameter], entries
     quantised = not parameter.is_floating_point() or parameter.element_size() < 2 or hasattr(parameter, "quant_state")
     if quantised:
         what = f"{type(module).__name__}, {parameter.dtype}"
-        raise ValueError(f"{name} is quantised ({what}) and cannot be sliced; load the model in float32, bfloat16 or float16")
+        raise ValueError(
+            f"{name} is quantised ({what}) and cannot be sliced; load the model in float32, bfloat16 or float16"
+        )
     if parameter.device.type == "meta" or "forward" in module.__dict__:
-        raise ValueError(f"{name} is offloaded or its layer's forward was replaced; load the model without device_map offload")
+        raise ValueError(
+            f"{name} is offloaded or its layer's forward was replaced; load the model without device_map offload"
+        )
     dims = {entry.dim for entry in entries}
     if len(dims) > 1:
         raise ValueError(f"{name} is sliced along dims {sorted(dims)}; slices of one parameter must share a dim")
     size = parameter.shape[entries[0].dim] if entries[0].dim < parameter.dim() else 0
     bad = next((entry for entry in entries if not 0 <= entry.start < entry.stop <= size), None)
     if bad is not None:
-        raise ValueError(f"{name} has shape {tuple(parameter.shape)}, but the mask names {bad}; make the mask for this model")
+        raise ValueError(
+            f"{name} has shape {tuple(parameter.shape)}, but the mask names {bad}; make the mask for this model"
+        )
     if leaf not in ("weight", "bias") or (parameter.dim() > 1 and not is_linear(type(module))):
-        raise ValueError(f"{name} belongs to a {type(module).__name__}; only linear layers, Conv1D and norms can be restricted")
+        raise ValueError(
+            f"{name} belongs to a {type(module).__name__}; only linear layers, Conv1D and norms can be restricted"
+        )
     if sum(p is parameter for _, p in hf.named_parameters(remove_duplicate=False)) > 1:
         raise ValueError(f"{name} is tied to another layer's weight; a slice of it cannot learn alone")
 
@@ -118,7 +126,9 @@ class Restricted:
 
     def __init__(self, hf: nn.Module, grouped: Grouped, verify: bool):
         self.hf, self.grouped = hf, grouped
-        self.frozen = {name: digest(p, *grouped.get(name, (0, ()))) for name, p in hf.named_parameters()} if verify else None
+        self.frozen = (
+            {name: digest(p, *grouped.get(name, (0, ()))) for name, p in hf.named_parameters()} if verify else None
+        )
         self.trainable_before = {name: p.requires_grad for name, p in hf.named_parameters()}
         total = sum(p.numel() for p in hf.parameters())
         self.modules: dict[str, tuple[nn.Module, type[nn.Module]]] = {}
@@ -148,7 +158,11 @@ class Restricted:
         if self.frozen is None:
             raise ValueError("restrict was called with verify=False: nothing to compare with; use verify=True")
         now = {name: p for name, p in self.hf.named_parameters() if not name.endswith("_slice")}
-        return [name for name, before in self.frozen.items() if digest(now[name], *self.grouped.get(name, (0, ()))) != before]
+        return [
+            name
+            for name, before in self.frozen.items()
+            if digest(now[name], *self.grouped.get(name, (0, ()))) != before
+        ]
 
     def proof(self) -> str:
         """One line: "0 of N frozen values changed", or where values changed."""

@@ -156,7 +156,9 @@ def slice_module(module: nn.Module, slices: dict[str, tuple[int, tuple[Range, ..
         shape[dim] = sum(stop - start for start, stop in ranges)
         # 16-bit weights learn in float32: small steps would be rounded away.
         dtype = torch.float32 if parameter.element_size() == 2 else parameter.dtype
-        module.register_parameter(f"{name}_slice", nn.Parameter(torch.zeros(shape, dtype=dtype, device=parameter.device)))
+        module.register_parameter(
+            f"{name}_slice", nn.Parameter(torch.zeros(shape, dtype=dtype, device=parameter.device))
+        )
     module.__class__ = sliced_class(type(module))
 
 

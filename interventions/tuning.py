@@ -212,12 +212,16 @@ def scores(model: Any, tasks: Mapping[str, Any], progress: bool) -> dict[str, di
 def check(model: Any, epochs: int, lr: float, batch_size: int, loss: str, mask: Any) -> None:
     """Raises ValueError or TypeError that names the option."""
     if epochs < 0 or batch_size < 1 or not lr > 0:
-        raise ValueError(f"epochs={epochs}, batch_size={batch_size}, lr={lr}: expected epochs >= 0, batch_size >= 1 and lr > 0")
+        raise ValueError(
+            f"epochs={epochs}, batch_size={batch_size}, lr={lr}: expected epochs >= 0, batch_size >= 1 and lr > 0"
+        )
     if loss not in Loss.__args__:
         raise ValueError(f"loss={loss!r} is not known; choose 'labels' or 'vocabulary'")
     if loss == "vocabulary" and model.kind == "classifier":
         raise ValueError("a classifier has labels, no vocabulary; use loss='labels'")
     if mask is not None and not isinstance(mask, HeadMask):
-        raise TypeError(f"mask is a {type(mask).__name__}; expected a HeadMask (HeadMask.from_circuit(circuit, model)) or None")
+        raise TypeError(
+            f"mask is a {type(mask).__name__}; expected a HeadMask (HeadMask.from_circuit(circuit, model)) or None"
+        )
     if mask is not None and not hasattr(model.hf, "peft_config"):
         mask.check(model)

@@ -2,10 +2,11 @@
 
 import pytest
 import torch
-from models import shared_tiny, tiny
 
 from circuits import Circuit, Head, load
 from interventions.masks import HeadMask
+
+from models import shared_tiny, tiny
 
 
 def expected(model, circuit, kv):

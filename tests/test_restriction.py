@@ -4,13 +4,14 @@ import copy
 
 import pytest
 import torch
-from models import CAUSAL, tiny
 from torch import nn
 
 from circuits import Circuit, load
 from circuits.anatomy import Slice
 from interventions.masks import HeadMask
 from interventions.restriction import join, restrict
+
+from models import CAUSAL, tiny
 
 FAMILIES = (*CAUSAL, "phi3", "bert", "bert-classifier", "llama-classifier")
 CIRCUIT = Circuit(["a0.h1", "a1.h0", "a1.h3"])
@@ -39,7 +40,9 @@ def test_forward_is_the_plain_model_and_gradient_is_the_masked_full_gradient(fam
     with restrict(hf, mask) as restricted:
         assert torch.equal(hf(TOKENS[:1]).logits, plain)
         loss_of(hf).backward()
-        assert {n for n, p in hf.named_parameters() if p.grad is not None} == {n for n, _ in restricted.named_parameters()}
+        assert {n for n, p in hf.named_parameters() if p.grad is not None} == {
+            n for n, _ in restricted.named_parameters()
+        }
         errors, norms = [], []
         for name, delta in restricted.named_parameters():
             parameter = name.removesuffix("_slice")
@@ -110,7 +113,10 @@ def test_weight_decay_pulls_towards_the_starting_weights():
             p.grad = torch.zeros_like(p)
         optimizer.step()
     inside = mask.tensors()["model.layers.0.self_attn.o_proj.weight"]
-    change = model.hf.get_parameter("model.layers.0.self_attn.o_proj.weight") - before["model.layers.0.self_attn.o_proj.weight"]
+    change = (
+        model.hf.get_parameter("model.layers.0.self_attn.o_proj.weight")
+        - before["model.layers.0.self_attn.o_proj.weight"]
+    )
     torch.testing.assert_close(change, inside * 0.25)
 
 

@@ -2,11 +2,12 @@
 
 import pytest
 import torch
-from models import tiny
 
 from circuits import Circuit, LabelledTask, evaluate, load
 from interventions.masks import HeadMask
 from interventions.tuning import finetune, readout_loss, trim
+
+from models import tiny
 
 WORDS = [f"w{i}" for i in range(40)]
 
@@ -32,7 +33,9 @@ def toy(n=24, seed=0, flip=False, name="toy", **options):
         words = torch.randint(0, 40, (length,), generator=generator).tolist()
         good = (words[0] % 2 == 0) != flip
         rows.append({"text": " ".join(WORDS[w] for w in words), "label": "good" if good else "bad"})
-    return LabelledTask.from_rows(rows, template="{text} {label}", label_words={"good": "good", "bad": "bad"}, name=name, **options)
+    return LabelledTask.from_rows(
+        rows, template="{text} {label}", label_words={"good": "good", "bad": "bad"}, name=name, **options
+    )
 
 
 def toy_model(family="llama", seed=0):
@@ -126,7 +129,7 @@ def test_validation_keeps_the_best_epoch_and_may_keep_the_start():
 @pytest.mark.parametrize("masked", [False, True])
 def test_anchor_keeps_weights_nearer_to_the_start(masked):
     distances = []
-    for anchor in (0.0, 3.0):
+    for anchor in (0.0, 10.0):
         model = toy_model()
         mask = HeadMask.from_circuit(Circuit(["a1.h1"]), model) if masked else None
         distances.append(finetune(model, toy(), mask, epochs=5, lr=1e-3, anchor=anchor, progress=False).distance)
