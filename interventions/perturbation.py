@@ -18,7 +18,15 @@ from .rollout import derive
 
 
 class Perturbation:
-    def __init__(self, mean: Float[Tensor, "tau d"], n: int, sigma2: float, alpha: float, seed: Sequence[int], rao_blackwell: bool):
+    def __init__(
+        self,
+        mean: Float[Tensor, "tau d"],
+        n: int,
+        sigma2: float,
+        alpha: float,
+        seed: Sequence[int],
+        rao_blackwell: bool,
+    ):
         self.mean, self.n, self.sigma, self.alpha = mean, n, sigma2**0.5, alpha
         self.seed, self.rao_blackwell = tuple(seed), rao_blackwell
         self.inner = torch.zeros(n, device=mean.device)

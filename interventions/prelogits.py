@@ -37,7 +37,7 @@ from .adaptation import (
 from .aligned import Aligned, padded_rows
 from .perturbation import Perturbation
 from .rewards import Reward, Scorer
-from .rollout import Decoder, States, Tokens, derive, evaluating, in_chunks, rollout
+from .rollout import Decoder, States, Tokens, derive, evaluating, in_chunks, one_seed_each, rollout
 
 
 def importance_weights(rewards: Float[Tensor, " n"], mean: Float[Tensor, "tau d"], samples: Float[Tensor, "n tau d"],
@@ -80,7 +80,10 @@ def aisp(
     """
     options = Options(n, iterations, float(sigma2), temperature, alpha, horizon, target_ess, standardise, rao_blackwell, step_size,
                       norm_cap, patience)  # fmt: skip
-    prompts, stop = [prompts] if isinstance(prompts, str) else list(prompts), [stop] if isinstance(stop, str) else list(stop)
+    prompts, stop = (
+        [prompts] if isinstance(prompts, str) else list(prompts),
+        [stop] if isinstance(stop, str) else list(stop),
+    )
     decoder, scorer = Decoder(model), Scorer(reward)
     encoded = decoder.encode(prompts)
     seeds = one_seed_each(seed, len(prompts))
@@ -95,7 +98,9 @@ def aisp(
         for number, chunk in enumerate(chunks):
             deadline = None if seconds is None else started + seconds * (number + 1) / len(chunks)
             label = f"AISP, prompts {number + 1}/{len(chunks)}"
-            search_together(decoder, scorer, chunk, options, stop, deadline, track(range(iterations), label, enabled=progress))
+            search_together(
+                decoder, scorer, chunk, options, stop, deadline, track(range(iterations), label, enabled=progress)
+            )
         return collected(decoder, scorer, searches, time.perf_counter() - started)
 
 
@@ -134,13 +139,6 @@ class Options:
             raise ValueError(f"{'; '.join(broken)}; got {self}")
 
 
-def one_seed_each(seed: int | Sequence[int], prompts: int) -> list[int]:
-    seeds = [seed] * prompts if isinstance(seed, int) else list(seed)
-    if len(seeds) != prompts:
-        raise ValueError(f"{len(seeds)} seeds for {prompts} prompts; give one number, or one per prompt")
-    return seeds
-
-
 @dataclass
 class Search:
     """One prompt between rounds: U, the best response so far, the record."""
@@ -159,10 +157,16 @@ class Search:
     def keep_best(self, responses: list[str], tokens: list[Tensor], rewards: Float[Tensor, " n"]) -> None:
         winner = int(rewards.argmax())
         if self.samples == 0 or float(rewards[winner]) > self.best:
-            self.best, self.response, self.response_tokens = float(rewards[winner]), responses[winner], tokens[winner].cpu()
+            self.best, self.response, self.response_tokens = (
+                float(rewards[winner]),
+                responses[winner],
+                tokens[winner].cpu(),
+            )
         self.samples += len(responses)
 
-    def move_mean(self, v: Perturbation, rewards: Float[Tensor, " n"], lengths: Int[Tensor, " n"], options: Options) -> None:
+    def move_mean(
+        self, v: Perturbation, rewards: Float[Tensor, " n"], lengths: Int[Tensor, " n"], options: Options
+    ) -> None:
         """Step 3, with what `options` asks for."""
         o, inner = options, v.finish()
         shaped = (standardised(rewards) if o.standardise else rewards).to(inner.device)
@@ -195,7 +199,10 @@ def search_together(decoder: Decoder, scorer: Scorer, searches: list[Search], op
         if not active or (round_ and deadline is not None and time.perf_counter() > deadline):
             break
         group = [searches[i] for i in active]
-        noise = [Perturbation(s.mean, n, options.sigma2, options.alpha, (s.seed, round_), options.rao_blackwell) for s in group]
+        noise = [
+            Perturbation(s.mean, n, options.sigma2, options.alpha, (s.seed, round_), options.rao_blackwell)
+            for s in group
+        ]
         tokens = perturbed_rollout(decoder, decoder.select(start, torch.tensor(active, device=decoder.device)), noise,
                                    [s.limit for s in group], stop)  # fmt: skip
         texts = [decoder.response(group[i // n].tokens, sample, stop) for i, sample in enumerate(tokens)]

@@ -46,7 +46,9 @@ def finite_or_excluded(values: Any, expected: int) -> tuple[Float[Tensor, " batc
     """float32 on the CPU with NaN and +inf as -inf, and how many of those there were."""
     values = torch.as_tensor(values).detach().float().cpu()
     if values.shape != (expected,):
-        raise ValueError(f"reward returned shape {tuple(values.shape)}, expected ({expected},): one number per response")
+        raise ValueError(
+            f"reward returned shape {tuple(values.shape)}, expected ({expected},): one number per response"
+        )
     bad = values.isnan() | (values == math.inf)
     return values.masked_fill(bad, -math.inf), int(bad.sum())
 
@@ -74,9 +76,15 @@ def classifier_reward(model: Any, tokenizer: Any = None, *, label: str | int | N
         raise ValueError("a classifier reward reads text: give its tokenizer")
     column = label_column(hf.config, label)
     if output != "logit" and hf.config.num_labels == 1:
-        raise ValueError(f"output={output!r} needs a classifier with several labels; this one has a single number, use 'logit'")
+        raise ValueError(
+            f"output={output!r} needs a classifier with several labels; this one has a single number, use 'logit'"
+        )
     pad = hf.config.pad_token_id if hf.config.pad_token_id is not None else tokenizer.pad_token_id
-    finish = {"logit": lambda x: x, "log_probability": lambda x: x.log_softmax(-1), "probability": lambda x: x.softmax(-1)}
+    finish = {
+        "logit": lambda x: x,
+        "log_probability": lambda x: x.log_softmax(-1),
+        "probability": lambda x: x.softmax(-1),
+    }
 
     @torch.inference_mode()
     def reward(prompts: list[str], responses: list[str]) -> Tensor:

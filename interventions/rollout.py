@@ -71,8 +71,8 @@ class Decoder:
     """A causal language model split at the unembedding: `prefill` and `advance` give z, `logits` maps z (+ v) to logits."""
 
     def __init__(self, model: Any, tokenizer: Any = None):
-        self.hf = getattr(model, "hf", model)
-        self.tokenizer = tokenizer if tokenizer is not None else getattr(model, "tokenizer", None)
+        self.hf: Any = getattr(model, "hf", model)
+        self.tokenizer: Any = tokenizer if tokenizer is not None else getattr(model, "tokenizer", None)
         if not isinstance(self.hf, nn.Module) or not hasattr(self.hf, "get_output_embeddings"):
             raise TypeError(f"expected a model from load() or a transformers model, got {type(model).__name__}")
         self.head = self.hf.get_output_embeddings()
@@ -143,7 +143,9 @@ class Decoder:
 
     def select(self, states: States, rows: Int[Tensor, " row"]) -> States:
         cache = copy.copy(states.cache)
-        cache.layers = [copy.copy(layer) for layer in states.cache.layers]  # layers replace their tensors, never write into them
+        cache.layers = [
+            copy.copy(layer) for layer in states.cache.layers
+        ]  # layers replace their tensors, never write into them
         if len(rows) != len(states.z) or bool((rows != torch.arange(len(rows), device=rows.device)).any()):
             cache.batch_select_indices(rows)
             return replace(states, z=states.z[rows], cache=cache, mask=states.mask[rows])
@@ -214,19 +216,28 @@ def after_unembedding(config: Any, raw: Float[Tensor, "row vocabulary"],
     scale = (getattr(config, "logit_scale", None) or 1.0) / (getattr(config, "logits_scaling", None) or 1.0)
 
     def configured(x: Tensor) -> Tensor:
-        x = x * scale
+        x = x if scale == 1.0 else x * scale
         return x if cap is None else cap * torch.tanh(x / cap)
 
     candidates = (configured, lambda x: x)  # the second for models that carry such a setting and do not use it
     gaps = [float((candidate(raw) - logits).abs().max()) for candidate in candidates]
     if min(gaps) > 1e-2 * float(logits.abs().max()) + 1e-4:
-        raise ValueError("this model changes its logits after the unembedding in an unknown way; its pre-logits cannot be moved")
+        raise ValueError(
+            "this model changes its logits after the unembedding in an unknown way; its pre-logits cannot be moved"
+        )
     return candidates[gaps.index(min(gaps))]
 
 
 def derive(*parts: int) -> int:
     """A seed from numbers. Seeds derived from a prompt's own tokens do not depend on what else is in the batch."""
     return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "big") >> 1
+
+
+def one_seed_each(seed: int | Sequence[int], prompts: int) -> list[int]:
+    seeds = [seed] * prompts if isinstance(seed, int) else list(seed)
+    if len(seeds) != prompts:
+        raise ValueError(f"{len(seeds)} seeds for {prompts} prompts; give one number, or one per prompt")
+    return seeds
 
 
 def in_chunks(items: list[Any], size: int) -> list[list[Any]]:

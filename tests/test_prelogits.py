@@ -32,7 +32,8 @@ def dense(perturbation: Perturbation) -> torch.Tensor:
 def noise_for(decoder: Decoder, prompts: int, n: int = 6, horizon: int = 5, sigma2: float = 4.0) -> list[Perturbation]:
     generator = torch.Generator().manual_seed(1)
     return [
-        Perturbation(torch.randn(horizon, 32, generator=generator), n, sigma2, 0.9, (p, 0), False) for p in range(prompts)
+        Perturbation(torch.randn(horizon, 32, generator=generator), n, sigma2, 0.9, (p, 0), False)
+        for p in range(prompts)
     ]
 
 
@@ -69,7 +70,9 @@ def test_no_noise_is_greedy_decoding(family):
     out = aisp(model, PROMPTS, REWARD, **QUICK, sigma2=0.0)
     for prompt, tokens in zip(PROMPTS, out.tokens, strict=True):
         ids = torch.tensor([word_tokenizer()(prompt)["input_ids"]])
-        greedy = model.hf.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=7, pad_token_id=0)
+        greedy = model.hf.generate(
+            ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=7, pad_token_id=0
+        )
         assert tokens.tolist() == greedy[0, ids.shape[1] :].tolist()
     assert float(out.mean.abs().max()) == 0.0
 
@@ -92,7 +95,9 @@ def test_weights_at_alpha_zero_are_the_ratio_of_the_two_gaussians():
     sigma2, temperature = 0.7, 0.4
     prior, proposal = torch.distributions.Normal(0, sigma2**0.5), torch.distributions.Normal(mean, sigma2**0.5)
     ratio = (prior.log_prob(samples) - proposal.log_prob(samples)).sum((1, 2)).exp() * (rewards / temperature).exp()
-    assert torch.allclose(importance_weights(rewards, mean, samples, sigma2, temperature, 0), ratio / ratio.sum(), atol=1e-6)
+    assert torch.allclose(
+        importance_weights(rewards, mean, samples, sigma2, temperature, 0), ratio / ratio.sum(), atol=1e-6
+    )
 
 
 def test_weights_at_the_limits_of_the_temperature():
@@ -197,7 +202,9 @@ def test_sharing_rows_between_equal_prefixes_changes_nothing_but_the_work(family
     for share in (True, False):
         rows.clear()
         noise = noise_for(decoder, 3, sigma2=1.0)
-        results.append([r.tolist() for r in perturbed_rollout(decoder, decoder.prefill(prompts), noise, [6] * 3, (), share)])
+        results.append(
+            [r.tolist() for r in perturbed_rollout(decoder, decoder.prefill(prompts), noise, [6] * 3, (), share)]
+        )
         work.append(sum(rows))
     hook.remove()
     assert results[0] == results[1]
@@ -240,7 +247,17 @@ def test_report_of_a_round():
         rewards_seen.append(torch.arange(len(responses)).float())
         return rewards_seen[-1]
 
-    out = aisp(tiny_with_words("llama"), PROMPTS[0], reward, n=5, iterations=1, horizon=4, sigma2=40.0, temperature=0.9, progress=False)
+    out = aisp(
+        tiny_with_words("llama"),
+        PROMPTS[0],
+        reward,
+        n=5,
+        iterations=1,
+        horizon=4,
+        sigma2=40.0,
+        temperature=0.9,
+        progress=False,
+    )
     rewards = rewards_seen[0]
     assert len(rewards) == 5  # all different, so that the weights are known
     weights = (rewards / 0.9).softmax(0)
@@ -294,7 +311,17 @@ def test_finished_rows_leave_the_batch():
 
 
 def test_the_mean_reward_rises_over_the_rounds():
-    out = aisp(tiny_with_words("llama"), PROMPTS, REWARD, n=16, iterations=12, horizon=10, sigma2=2.0, temperature=0.3, progress=False)
+    out = aisp(
+        tiny_with_words("llama"),
+        PROMPTS,
+        REWARD,
+        n=16,
+        iterations=12,
+        horizon=10,
+        sigma2=2.0,
+        temperature=0.3,
+        progress=False,
+    )
     rounds = out.history["mean_reward"].mean(0)
     assert float(rounds[-3:].mean()) > float(rounds[:3].mean()) + 1
 
@@ -310,7 +337,9 @@ def test_options_do_what_they_say():
     assert float(capped.history["norm"].max()) <= 3.001
     half, full = (aisp(model, PROMPTS, REWARD, **dict(common, iterations=1), step_size=s).mean for s in (0.5, 1.0))
     assert torch.allclose(half, full / 2, atol=1e-6)
-    scaled = [aisp(model, PROMPTS, lambda p, r, k=k: k * REWARD(p, r), **common, standardise=True).mean for k in (1, 50)]
+    scaled = [
+        aisp(model, PROMPTS, lambda p, r, k=k: k * REWARD(p, r), **common, standardise=True).mean for k in (1, 50)
+    ]
     assert torch.allclose(*scaled, atol=1e-4)
     tail = aisp(model, PROMPTS, REWARD, **common, rao_blackwell=True)
     assert tail.rewards.isfinite().all()
@@ -322,7 +351,17 @@ def test_early_stop_counts_what_was_sampled():
     def reward(prompts, responses):
         return torch.full((len(responses),), float(next(falling)))
 
-    out = aisp(tiny_with_words("llama"), PROMPTS[0], reward, n=4, iterations=9, horizon=6, sigma2=40.0, patience=2, progress=False)
+    out = aisp(
+        tiny_with_words("llama"),
+        PROMPTS[0],
+        reward,
+        n=4,
+        iterations=9,
+        horizon=6,
+        sigma2=40.0,
+        patience=2,
+        progress=False,
+    )
     assert out.samples.tolist() == [12]  # the best round and two worse ones
     assert out.history["ess"].shape == (1, 3)
 
@@ -375,7 +414,9 @@ def test_the_hook_of_transformer_lens_gives_the_same_responses(family):
         assert tokens[: len(expected[i])] == expected[i].tolist()
 
 
-@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # peft asks transformers by the old name
+@pytest.mark.filterwarnings(
+    "ignore:`is_gradient_checkpointing`:FutureWarning"
+)  # peft asks transformers by the old name
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
 def test_adapters_of_peft_are_decoded_with(family):
     import peft

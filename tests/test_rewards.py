@@ -40,7 +40,9 @@ def test_classifier_reward_is_the_classifier_one_text_at_a_time(family):
 
 
 def test_classifier_labels_that_do_not_exist_are_named():
-    with pytest.raises(ValueError, match="label 'good' is not one of this classifier's labels: LABEL_0, LABEL_1, LABEL_2"):
+    with pytest.raises(
+        ValueError, match="label 'good' is not one of this classifier's labels: LABEL_0, LABEL_1, LABEL_2"
+    ):
         classifier_reward(load(tiny("llama-classifier"), word_tokenizer()), label="good")
     with pytest.raises(ValueError, match="give its tokenizer"):
         classifier_reward(load(tiny("llama-classifier")), label=0)
