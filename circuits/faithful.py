@@ -130,6 +130,14 @@ class FaithfulnessCurve:
         full = f"whole model: margin {self.full.mean():.3f}, accuracy {self.full_correct.float().mean():.3f}; "
         return f"{head}\n{full}no heads: margin {self.empty.mean():.3f}\n{self.table()}"
 
+    def _repr_html_(self) -> str:
+        from .display import table_html
+
+        rows = self.rows()
+        title = f"faithfulness: {self.meta.get('method')}, {self.meta.get('task')}, n={len(self.full)}"
+        cells = [["" if v is None else f"{v:.2f}" if isinstance(v, float) else str(v) for v in r.values()] for r in rows]
+        return table_html(title, list(rows[0]), cells)
+
     def save(self, stem: str | Path) -> Path:
         """Write `stem.safetensors` and `stem.json`."""
         tensors = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
