@@ -2,10 +2,11 @@
 
 import pytest
 import torch
-from models import TokenTask, shared_tiny
 
 from circuits import Circuit, FaithfulnessCurve, Head, HeadScores, ablation, faithfulness, mean_activations, rewrite
 from circuits.faithful import normalise
+
+from models import TokenTask, shared_tiny
 
 CIRCUIT = [Head(0, 1), Head(1, 0), Head(2, 2), Head(2, 3)]
 

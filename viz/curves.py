@@ -1,6 +1,8 @@
 """Curves: behaviour kept by a circuit, and what tuning gains on the target against what it keeps elsewhere."""
 
+import math
 from collections.abc import Mapping
+from typing import Any
 
 import plotly.graph_objects as go
 
@@ -94,3 +96,61 @@ def _add_buttons(figure: go.Figure, half: int) -> None:
     place = {"x": 0, "xanchor": "left", "y": -0.2, "yanchor": "top", "direction": "right", "type": "buttons"}
     figure.update_layout(updatemenus=[{"buttons": buttons, "bgcolor": theme.PAPER, **place}])
     figure.update_layout(margin={"b": 96})
+
+
+def training(
+    arms: Mapping[str, Mapping[str, Any]],
+    target: str | None = None,
+    kept: str | None = None,
+    *,
+    title: str | None = None,
+) -> go.Figure:
+    """What tuning gains on the target (up) against what it costs on a kept task (left): one arrow per arm.
+
+    `arms` maps names to what `Tuning.to_dict()` gives (`before` and `after`: task name to accuracy and n). The first
+    evaluated task is the target and the second the kept one unless named; with one task, before and after are bars.
+    """
+    tasks = list(dict.fromkeys(name for arm in arms.values() for name in arm["after"]))
+    if not tasks:
+        raise ValueError("no arm was evaluated on any task; give eval_tasks= (or --eval) when tuning")
+    for name in (target, kept):
+        if name is not None and name not in tasks:
+            raise ValueError(f"no task {name!r} was evaluated; evaluated: {', '.join(tasks)}")
+    target = target or tasks[0]
+    kept = kept or next((name for name in tasks if name != target), None)
+    figure = go.Figure()
+    for (name, arm), colour in zip(arms.items(), theme.CATEGORIES * len(arms), strict=False):
+        figure.add_trace(_arrow(name, arm, target, kept, colour))
+    n = next(iter(arms.values()))["after"][target]["n"]
+    theme.apply(figure, title or "Gained on the target, kept elsewhere", f"arrows run from before to after · n={n:.0f}")
+    figure.update_yaxes(title=f"accuracy on {theme.clean(target)} (target)")
+    figure.update_xaxes(title=f"accuracy on {theme.clean(kept)} (to be kept)" if kept else "", showgrid=kept is not None)
+    return figure
+
+
+def _arrow(name: str, arm: Mapping[str, Any], target: str, kept: str | None, colour: str) -> go.Scatter:
+    """Before to after, with the standard error of each accuracy as whiskers."""
+    points = [(arm[when].get(kept), arm[when][target]) for when in ("before", "after")]
+    y = [goal["accuracy"] for _, goal in points]
+    x = [other["accuracy"] if other else index for index, (other, _) in enumerate(points)]
+    sizes = [None if other is None else other["n"] for other, _ in points]
+    whisker = {"type": "data", "thickness": 1, "width": 3, "color": theme.faded(colour, 0.55)}
+    return go.Scatter(
+        x=x,
+        y=y,
+        name=theme.clean(name),
+        mode="lines+markers",
+        line={"color": colour, "width": 2.5},
+        marker={"size": [7, 14], "symbol": ["circle-open", "arrow"], "angleref": "previous"},
+        error_y={**whisker, "array": [_error(value, goal["n"]) for value, (_, goal) in zip(y, points, strict=True)]},
+        error_x={**whisker, "array": [_error(v, n) if n else 0 for v, n in zip(x, sizes, strict=True)]} if kept else None,
+        customdata=["before", "after"],
+        hovertemplate=f"{theme.clean(name)}, %{{customdata}}<br>target %{{y:.3f}}"
+        + ("<br>kept %{x:.3f}" if kept else "")
+        + "<extra></extra>",
+    )
+
+
+def _error(accuracy: float | int, n: float | int) -> float:
+    """Standard error of a proportion."""
+    return math.sqrt(max(0.0, accuracy * (1 - accuracy)) / n)

@@ -47,8 +47,10 @@ def _named(scores: HeadScores | Sequence[HeadScores] | Mapping[str, HeadScores])
     named = dict(scores) if isinstance(scores, Mapping) else {}
     for each in () if isinstance(scores, Mapping) else scores:
         label = each.method
-        while label in named:  # two tasks by one method, or one method with two options
-            label += f" ({each.task or len(named) + 1})" if each.task and each.task not in label else " ′"
+        if label in named and each.task:
+            label += f" ({each.task})"
+        while label in named:  # one method twice on one task
+            label += " ′"
         named[label] = each
     if not named:
         raise ValueError("no scores to show; give HeadScores, a list of them, or a dict of name to HeadScores")

@@ -59,7 +59,7 @@ Promise.all(figures.map((figure, i) => Plotly.newPlot('plot-' + i, figure.data, 
 
 def report(
     path: str | Path,
-    figures: go.Figure | Sequence[go.Figure] | Mapping[str, Item | Sequence[Item]],
+    figures: go.Figure | Sequence[Any] | Mapping[str, Any],  # Any: Item or a sequence of them, checked one by one
     *,
     title: str = "luthier report",
     summary: str = "",
