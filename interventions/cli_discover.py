@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
-from .cli_inputs import parse_pairs, read_task, save_run, say, show_rows
+from .cli_inputs import load_model, parse_pairs, read_task, save_run, say, show_rows
 
 if TYPE_CHECKING:
     from circuits import Circuit, FaithfulnessCurve, HeadScores, LabelledTask, Model, PairedTask
@@ -52,20 +52,18 @@ def discover(
     json_: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")] = False,
 ) -> None:
     options = dict(locals()) | {"label_words": parse_pairs(label_words, "--label-words")}
-    from circuits import load
-
     _check(method, holdout, out)
-    loaded = load(model)
+    loaded = load_model(model)
     pool, held = read_task(data, loaded, options), None
     if holdout:
         pool, held = pool.split(round(len(pool) * (1 - holdout)), seed=seed)
-    out.mkdir(parents=True, exist_ok=True)
     if competence:
         _make_competent(loaded, pool, competence, competence_epochs, competence_lr, seed, out, json_)
     found = find(
         loaded, pool, held or pool, method, depth=depth, per_depth=per_depth, heads=heads, examples=examples,
         ablate=ablate, controls=controls, seed=seed, quiet=json_,
     )  # fmt: skip
+    out.mkdir(parents=True, exist_ok=True)  # from here on nothing can be wrong with the input
     found.save(out)
     save_run(out, "discover", options | {"trained": bool(competence)})
     from .cli_report import write_report

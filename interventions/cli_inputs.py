@@ -1,7 +1,5 @@
 """What the verbs share: files and options to models and tasks, results to files, tables to the terminal."""
 
-import csv
-import json
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
@@ -28,35 +26,27 @@ def parse_pairs(text: str | None, option: str) -> dict[str, str] | None:
     return pairs
 
 
-def read_rows(path: str | Path) -> list[dict[str, Any]]:
-    """Rows of a CSV, a JSON list or a JSONL file."""
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"no file {str(path)!r}; expected a CSV, JSON or JSONL file of rows")
-    text = path.read_text(encoding="utf-8-sig")
-    if path.suffix == ".csv":
-        rows = list(csv.DictReader(text.splitlines(keepends=True)))
-    else:
-        try:
-            rows = json.loads(text) if path.suffix == ".json" else [json.loads(x) for x in text.splitlines() if x]
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{str(path)!r} is not JSON ({error}); expected a list of rows, or one row a line") from None
-    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-        raise ValueError(f"{str(path)!r} holds no list of rows; expected objects such as {{'text': ..., 'label': ...}}")
-    if not rows:
-        raise ValueError(f"{str(path)!r} is empty; expected at least one row below the header")
-    return rows
-
-
 def read_task(path: str | Path, model: "Model", options: Mapping[str, Any]) -> "LabelledTask | PairedTask":
     """A PairedTask for rows with prompt, answer and distractor; else a LabelledTask with the given columns."""
     from circuits import LabelledTask, PairedTask
+    from circuits.tasks import read_rows
 
-    rows = read_rows(path)
+    path = Path(path)
+    rows, name = read_rows(path), f"{path.parent.name}/{path.stem}".strip("/")
     if {"prompt", "answer", "distractor"} <= set(rows[0]):
-        return PairedTask.from_rows(rows, model)
+        return PairedTask.from_rows(rows, model, name=name)
     given = {key: value for key, value in options.items() if key in TASK_OPTIONS and value is not None}
-    return LabelledTask.from_rows(rows, **given)
+    return LabelledTask.from_rows(rows, name=name, **given)
+
+
+def load_model(name: str) -> "Model":
+    """`circuits.load`, without transformers' own bars for every checkpoint that is read or written."""
+    from transformers.utils import logging
+
+    from circuits import load
+
+    logging.disable_progress_bar()
+    return load(name)
 
 
 def command_line() -> str:

@@ -1,0 +1,131 @@
+"""`luthier report`: one HTML page from whatever a run's folder holds. Every other verb ends with the same function."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+
+def report(
+    folder: Annotated[Path, typer.Argument(help="Folder of a discover, tune or demo run.")],
+    out: Annotated[Path | None, typer.Option(help="Page to write; default: report.html in the folder.")] = None,
+    title: Annotated[str | None, typer.Option(help="Title of the page.")] = None,
+    json_: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Make the one-file report of a run again, from its saved scores, curves, mask and tuning results.
+
+    Example:
+
+    `luthier report runs/reviews --out reviews.html`
+    """
+    page = write_report(folder, out or folder / "report.html", title)
+    if json_:
+        import json
+
+        print(json.dumps({"report": str(page)}))
+        return
+    print(f"written: {page}")
+
+
+def write_report(folder: Path, path: Path, title: str | None = None) -> Path:
+    """Sections for what is there: discovery, faithfulness, mask, tuning; then provenance and the command."""
+    import viz
+    from circuits.files import read_json
+
+    if not folder.is_dir():
+        raise FileNotFoundError(f"no folder {str(folder)!r}; expected the --out folder of a luthier run")
+    parts = (_discovery(folder), _faithfulness(folder), _mask(folder), _tuning(folder))
+    sections = {name: items for part in parts for name, items in part.items()}
+    if not sections:
+        raise FileNotFoundError(
+            f"{str(folder)!r} holds no scores, curve, mask or tuning results; expected the --out folder of a luthier run"
+        )
+    run = read_json(folder / "run.json") if (folder / "run.json").is_file() else {}
+    options = {key: value for key, value in run.get("options", {}).items() if value is not None}
+    title = title or f"luthier {run.get('verb', 'report')}: {options.get('model', folder.name)}"
+    return viz.report(
+        path,
+        sections,
+        title=title,
+        summary="Find the attention heads that do a task, change only those.",
+        provenance={**options, **run.get("versions", {})},
+        command=run.get("command"),
+    )
+
+
+def _discovery(folder: Path) -> dict[str, Any]:
+    import viz
+    from circuits import Circuit, HeadScores
+
+    stems = sorted(path.with_suffix("") for path in folder.glob("scores*.safetensors"))
+    if not stems:
+        return {}
+    scores = {each.method: each for each in map(HeadScores.load, stems)}
+    circuit = Circuit.load(folder / "circuit.json") if (folder / "circuit.json").is_file() else None
+    first = next(iter(scores.values()))
+    text = (
+        f"Each cell is one attention head. Its score says how much of the margin (right answer minus the mean of the "
+        f"others, in logits) it gives, measured by {first.method} on {first.n_examples or 'the'} examples. Orange "
+        "heads work for the right answer, blue ones against it. Point at a cell for its interval."
+    )
+    items: list[Any] = [text, viz.heatmap(scores, circuit)]
+    if circuit is not None:
+        items.append(f"The circuit has {len(circuit)} of {first.values.numel()} heads: {circuit}")
+    return {"Discovery": items}
+
+
+def _faithfulness(folder: Path) -> dict[str, Any]:
+    import viz
+    from circuits import FaithfulnessCurve
+
+    if not (folder / "faithfulness.json").is_file():
+        return {}
+    curve = FaithfulnessCurve.load(folder / "faithfulness")
+    text = (
+        "All heads but the best k are replaced by their mean (MLPs stay). 1 is the whole model, 0 is no heads at all; "
+        "above 1, the removed heads worked against the answer. A circuit means something when it beats random heads "
+        "of the same layers and the heads scored nearest zero."
+    )
+    items: list[Any] = [text, viz.faithful(curve)]
+    if (folder / "circuit_faithfulness.json").is_file():
+        point = FaithfulnessCurve.load(folder / "circuit_faithfulness")
+        items += ["The circuit itself, against random circuits with as many heads in each layer:", point.rows()]
+    return {"Faithfulness": items}
+
+
+def _mask(folder: Path) -> dict[str, Any]:
+    from circuits.files import read_json
+
+    for path in sorted(folder.glob("*.json")):
+        saved = read_json(path)
+        if isinstance(saved, dict) and str(saved.get("format", "")).startswith("luthier.mask/"):
+            break
+    else:
+        return {}
+    policy = saved["policy"]
+    facts = [
+        {"what": "file", "value": path.name},
+        {"what": "heads", "value": " ".join(saved["circuit"]["heads"])},
+        {"what": "values that may move", "value": f"{saved['n_parameters']:,}"},
+        {"what": "key/value heads", "value": policy["kv"]},
+        {"what": "norms that learn", "value": policy["norms"]},
+    ]
+    text = "Only these slices have gradients and optimizer state. Every other value of the model stays bit-identical."
+    parameters = [{"parameter": name, "shape": "x".join(map(str, shape))} for name, shape in saved["shapes"].items()]
+    return {"Mask": [text, facts, parameters]}
+
+
+def _tuning(folder: Path) -> dict[str, Any]:
+    import viz
+    from circuits.files import read_json
+
+    from .cli_tune import arm_rows
+
+    if not (folder / "tuning.json").is_file():
+        return {}
+    results = read_json(folder / "tuning.json")
+    proof = [f"{arm}: {result['proof']}." for arm, result in results.items() if result.get("proof")]
+    items: list[Any] = [arm_rows(results) or "No --eval file was given.", *proof]
+    if any(result["after"] for result in results.values()):
+        items.insert(0, viz.training(results))
+    return {"Tuning": items}
