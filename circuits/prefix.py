@@ -70,7 +70,7 @@ class PrefixCache:
         prompts = self.prompts
         if self.cache is None:
             return forward(self.model, prompts.tokens[rows], prompts.attention_mask[rows], logits_to_keep=1).logits[:, -1]
-        cache = _selected(self.cache, rows)
+        cache = selected(self.cache, rows)
         mask = prompts.attention_mask[rows]
         return forward(self.model, prompts.tokens[rows, -1:], mask, past_key_values=cache).logits[:, -1]
 
@@ -124,11 +124,12 @@ def forward(model: Any, tokens: Tensor, mask: Tensor, past_key_values: Any = Non
         return model.hf(input_ids=tokens, **options)
 
 
-def _selected(cache: Any, rows: Tensor) -> Any:
-    """A new cache of some rows. Layers grow by concatenation, so the stored tensors are never written to."""
+def selected(cache: Any, rows: Tensor | None = None) -> Any:
+    """A new cache of some rows, or of all. Layers grow by concatenation, so the stored tensors are never written to."""
     chosen = copy.copy(cache)
     chosen.layers = [copy.copy(layer) for layer in cache.layers]
-    chosen.batch_select_indices(rows)
+    if rows is not None:
+        chosen.batch_select_indices(rows)
     return chosen
 
 

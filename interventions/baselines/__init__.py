@@ -1,0 +1,1 @@
+"""What a task embedding is compared with: other ways to move a task into a frozen model. See `interventions.comparison`."""
