@@ -19,5 +19,6 @@ from .selection import HeadSelection as HeadSelection, select_heads as select_he
 from .alphas import AlphaCurve as AlphaCurve, alpha_curve as alpha_curve
 from .transfer import TransferMatrix as TransferMatrix, transfer_matrix as transfer_matrix
 from .head_effects import indirect_effect as indirect_effect, leave_one_out as leave_one_out, slope as slope
+from .answers import AnswerScores as AnswerScores, score_answers as score_answers
 from .roles import HeadRoles as HeadRoles, head_roles as head_roles, null_selections as null_selections
 from .interference import measure_interference as measure_interference

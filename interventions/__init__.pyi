@@ -5,6 +5,7 @@ from .muon import orthogonalize as orthogonalize
 from .sift import SIFT as SIFT
 from .merging import merge as merge
 from .injection import inject as inject
+from .comparison import Comparison as Comparison, compare as compare
 from .prelogits import aisp as aisp
 from .renyi import RenyiEnsemble as RenyiEnsemble
 from .rewards import classifier_reward as classifier_reward, likelihood_reward as likelihood_reward, rowwise as rowwise
