@@ -9,7 +9,7 @@ Under grouped-query attention a key/value head serves `n_heads / n_kv_heads` que
 """
 
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -47,16 +47,31 @@ class Layout:
     transposed: bool = False
 
 
-_SEPARATE = dict(q="self_attn.q_proj", k="self_attn.k_proj", v="self_attn.v_proj")
-_FUSED = dict.fromkeys("qkv", "self_attn.qkv_proj")
 LAYOUTS = (
-    Layout("model.layers", **_SEPARATE, o="self_attn.o_proj", attention="self_attn", mlp="mlp"),
-    Layout("model.layers", **_FUSED, o="self_attn.o_proj", attention="self_attn", mlp="mlp", fused="stacked"),
-    Layout("transformer.h", "attn.c_attn", "attn.c_attn", "attn.c_attn", "attn.c_proj", "attn", "mlp", "stacked", True),
-    Layout("gpt_neox.layers", *["attention.query_key_value"] * 3, "attention.dense", "attention", "mlp", "interleaved"),
+    # Llama's names, which most families share.
     Layout(
-        "bert.encoder.layer", "attention.self.query", "attention.self.key", "attention.self.value",
-        "attention.output.dense", "attention", "output.dense",
+        blocks="model.layers", q="self_attn.q_proj", k="self_attn.k_proj", v="self_attn.v_proj",
+        o="self_attn.o_proj", attention="self_attn", mlp="mlp",
+    ),
+    # Phi-3
+    Layout(
+        blocks="model.layers", q="self_attn.qkv_proj", k="self_attn.qkv_proj", v="self_attn.qkv_proj",
+        o="self_attn.o_proj", attention="self_attn", mlp="mlp", fused="stacked",
+    ),
+    # GPT-2
+    Layout(
+        blocks="transformer.h", q="attn.c_attn", k="attn.c_attn", v="attn.c_attn",
+        o="attn.c_proj", attention="attn", mlp="mlp", fused="stacked", transposed=True,
+    ),
+    # GPT-NeoX, Pythia
+    Layout(
+        blocks="gpt_neox.layers", q="attention.query_key_value", k="attention.query_key_value", v="attention.query_key_value",
+        o="attention.dense", attention="attention", mlp="mlp", fused="interleaved",
+    ),
+    # BERT
+    Layout(
+        blocks="bert.encoder.layer", q="attention.self.query", k="attention.self.key", v="attention.self.value",
+        o="attention.output.dense", attention="attention", mlp="output.dense",
     ),
 )  # fmt: skip
 
@@ -93,14 +108,14 @@ class Anatomy:
     d_head: int
     d_model: int
     layout: Layout
-    # Parameter name -> number of entries along dim 0, for those that exist (biases may not).
+    # Names of all parameters: biases exist in some families only.
     parameters: tuple[str, ...]
     norm_parameters: tuple[str, ...]
 
     @classmethod
     def of(cls, hf: nn.Module, kind: Literal["causal", "masked", "classifier"]) -> "Anatomy":
         hf = unwrap(hf)
-        config = hf.config.get_text_config()  # type: ignore[union-attr]
+        config = hf.config.get_text_config()
         layout = layout_of(hf)
         heads = config.num_attention_heads
         norms = [
@@ -187,7 +202,7 @@ class Anatomy:
 
     def W_O(self, hf: nn.Module, layer: int) -> Float[Tensor, "head d_head d_model"]:
         """A head's write to the residual stream is `z @ W_O[head]` (before any post-norm; the bias belongs to no head)."""
-        weight: Tensor = self.module(hf, layer, "o").weight  # type: ignore[assignment]
+        weight: Any = self.module(hf, layer, "o").weight
         weight = weight if self.layout.transposed else weight.T
         return weight.unflatten(0, (-1, self.d_head))
 
@@ -198,8 +213,8 @@ class Anatomy:
         """The last linear map: lm_head, MLM decoder, `score` or `classifier`."""
         hf = unwrap(hf)
         if self.kind != "classifier":
-            return hf.get_output_embeddings()  # type: ignore[operator]
-        return hf.score if hasattr(hf, "score") else hf.classifier  # type: ignore[return-value]
+            return hf.get_output_embeddings()
+        return hf.get_submodule("score" if hasattr(hf, "score") else "classifier")
 
 
 def finite_parameters(hf: nn.Module) -> None:

@@ -27,7 +27,7 @@ def scores_html(scores: "HeadScores", k: int = 10) -> str:
         span = [f"[{bounds[0][head]:+.3f}, {bounds[1][head]:+.3f}]"] if bounds else []
         rows.append([str(head), f"{scores[head]:+.3f}", *span])
     about = ", ".join(
-        filter(None, [scores.method, scores.model, scores.task, scores.n_examples and f"n={scores.n_examples}"])
+        filter(None, [scores.method, scores.model, scores.task, f"n={scores.n_examples}" if scores.n_examples else ""])
     )
     return table_html(
         f"top {len(rows)} heads: {about}", ["head", "score"] + (["95 % interval"] if bounds else []), rows

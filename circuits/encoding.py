@@ -109,5 +109,5 @@ def evaluate(model: "Model", task: "Task", batch_size: int | None = None, progre
         margins.append(batch.margin(logits))
     predicted = torch.cat(predictions)
     accuracy = (predicted == encoded.gold).double().mean().item()
-    f1 = f1_score(encoded.gold.numpy(), predicted.numpy(), average="macro", zero_division=0.0)
+    f1 = f1_score(encoded.gold.numpy(), predicted.numpy(), average="macro")
     return Evaluation(accuracy, float(f1), torch.cat(margins), predicted, encoded.gold, task.name)

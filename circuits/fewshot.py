@@ -63,14 +63,18 @@ class FewShotTask:
         if self.template.count("{input}") != 1 or self.template.count("{output}") != 1:
             raise ValueError(f"template {self.template!r} must contain {{input}} once and {{output}} once")
         if self.template.index("{input}") > self.template.index("{output}"):
-            raise ValueError(f"template {self.template!r} puts {{output}} first; a prompt must end where the answer begins")
+            raise ValueError(
+                f"template {self.template!r} puts {{output}} first; a prompt must end where the answer begins"
+            )
         if not self.pairs:
             raise ValueError(f"few-shot task {self.name!r} has no rows; give at least one (input, output) pair")
         for column, position in (("input", 0), ("answer", 1)):
             empty = [row for row, pair in enumerate(self.pairs) if not pair[position].strip()]
             if empty:
                 rows = ", ".join(map(str, empty[:5])) + (" ..." if len(empty) > 5 else "")
-                raise ValueError(f"{len(empty)} rows of task {self.name!r} have an empty {column} (rows {rows}); drop them")
+                raise ValueError(
+                    f"{len(empty)} rows of task {self.name!r} have an empty {column} (rows {rows}); drop them"
+                )
 
     @classmethod
     def from_pairs(cls, pairs: Iterable[Sequence[Any]], template: str = QA, **options: Any) -> "FewShotTask":
@@ -128,7 +132,9 @@ class FewShotTask:
     def split(self, n: int, seed: int = 0) -> tuple["FewShotTask", "FewShotTask"]:
         """`n` random rows and the rest."""
         if not 0 < n < len(self):
-            raise ValueError(f"cannot split {n} rows off task {self.name!r}, which has {len(self)}; 0 < n < {len(self)}")
+            raise ValueError(
+                f"cannot split {n} rows off task {self.name!r}, which has {len(self)}; 0 < n < {len(self)}"
+            )
         order = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed)).tolist()
         return self.select(sorted(order[:n])), self.select(sorted(order[n:]))
 
@@ -236,4 +242,3 @@ def _existing(path: str | Path) -> Path:
     if not path.is_file():
         raise FileNotFoundError(f"no file {str(path)!r}; expected input/output pairs")
     return path
-

@@ -248,7 +248,7 @@ class HeadScores:
 
     def correlation(self, other: "HeadScores") -> dict[str, float]:
         """Pearson and Spearman over heads, and the share of the two top tens that is common."""
-        from scipy.stats import pearsonr, spearmanr
+        from scipy import stats
 
         if self.values.shape != other.values.shape:
             shapes = f"{tuple(self.values.shape)} and {tuple(other.values.shape)}"
@@ -257,8 +257,8 @@ class HeadScores:
         k = min(10, len(mine))
         overlap = len(self.top(k).heads & other.top(k).heads) / k
         return {
-            "pearson": float(pearsonr(mine, theirs)[0]),
-            "spearman": float(spearmanr(mine, theirs)[0]),
+            "pearson": float(stats.pearsonr(mine, theirs).statistic),
+            "spearman": float(stats.spearmanr(mine, theirs).statistic),
             "top10": overlap,
         }
 
@@ -272,7 +272,7 @@ class HeadScores:
         return "\n".join(lines)
 
     def __repr__(self) -> str:
-        about = ", ".join(filter(None, [self.model, self.task, self.n_examples and f"n={self.n_examples}"]))
+        about = ", ".join(filter(None, [self.model, self.task, f"n={self.n_examples}" if self.n_examples else ""]))
         return f"HeadScores({self.method}{': ' + about if about else ''}; {self.n_layers} layers x {self.n_heads} heads)\n{self.table()}"
 
     def _repr_html_(self) -> str:

@@ -15,10 +15,12 @@ This is the only file that knows hook names.
 import contextlib
 import difflib
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
+
+from .anatomy import Part
 
 if TYPE_CHECKING:
     from .model import Model
@@ -83,20 +85,20 @@ def _attach(model: "Model", site: str, edit: Edit, layer: int) -> Any:
     if site == "z":
         return _before(anatomy.module(hf, layer, "o"), heads)
     if site in ("q", "k", "v"):
-        return _after(anatomy.module(hf, layer, site), lambda flat: _edit_projection(model, site, edit, layer, flat))  # type: ignore[arg-type]
+        return _after(anatomy.module(hf, layer, site), lambda flat: _edit_projection(model, site, edit, layer, flat))
     if site == "resid_pre":
         return _before(anatomy.module(hf, layer, "block"), lambda x: edit(x, layer))
-    part = {"attn_out": "o", "mlp_out": "mlp", "resid_post": "block"}[site]
-    return _after(anatomy.module(hf, layer, part), lambda x: edit(x, layer))  # type: ignore[arg-type]
+    parts: dict[str, Part] = {"attn_out": "o", "mlp_out": "mlp", "resid_post": "block"}
+    return _after(anatomy.module(hf, layer, parts[site]), lambda x: edit(x, layer))
 
 
-def _edit_projection(model: "Model", site: str, edit: Edit, layer: int, flat: Tensor) -> Tensor:
+def _edit_projection(model: "Model", site: Literal["q", "k", "v"], edit: Edit, layer: int, flat: Tensor) -> Tensor:
     """Edit q, k or v inside an output that may hold all three."""
     anatomy = model.anatomy
     if not anatomy.layout.fused:
         return edit(anatomy.split_heads(flat), layer).flatten(-2)
     count = anatomy.n_heads if site == "q" else anatomy.n_kv_heads
-    index = torch.cat([torch.arange(*anatomy.qkv_range(head, site)) for head in range(count)]).to(flat.device)  # type: ignore[arg-type]
+    index = torch.cat([torch.arange(*anatomy.qkv_range(head, site)) for head in range(count)]).to(flat.device)
     old = anatomy.split_heads(flat[..., index])
     new = edit(old, layer)
     return flat if new is old else flat.index_copy(-1, index, new.flatten(-2).to(flat.dtype))

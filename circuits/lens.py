@@ -34,8 +34,21 @@ def surroundings_kept() -> Iterator[None]:
         yield
     finally:
         logger.setLevel(level)
-        warnings.filters[:] = filters  # type: ignore[index]
-        warnings._filters_mutated()  # type: ignore[attr-defined]
+        warnings.filters[:] = filters
+        warnings._filters_mutated()
+
+
+@contextlib.contextmanager
+def evaluating(hf: nn.Module) -> Iterator[None]:
+    """Evaluation mode (no dropout), then the mode each module had before."""
+    training = [module for module in hf.modules() if module.training]
+    try:
+        if training:
+            hf.eval()
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 def twin(hf: nn.Module) -> nn.Module:
@@ -48,7 +61,7 @@ def _classifier_adapter(base: type, head: str) -> type:
     """TransformerLens' adapter for a family, with its unembedding replaced by the classification head."""
     from transformer_lens.model_bridge.generalized_components import LinearBridge
 
-    class Classifier(base):  # type: ignore[misc]
+    class Classifier(base):
         supports_generation = False
 
         def __init__(self, cfg: Any) -> None:
@@ -69,8 +82,8 @@ def _register(architecture: str, hf: nn.Module) -> None:
     if architecture in SUPPORTED_ARCHITECTURES:
         return
     head = next((name for name in _CLASSIFIER_HEADS if hasattr(hf, name)), None)
-    base = head and architecture.replace("ForSequenceClassification", _CLASSIFIER_HEADS[head])
-    if base not in SUPPORTED_ARCHITECTURES:
+    base = architecture.replace("ForSequenceClassification", _CLASSIFIER_HEADS.get(head or "", ""))
+    if head is None or base not in SUPPORTED_ARCHITECTURES:
         raise ValueError(
             f"TransformerLens has no adapter for {architecture}; model.hf and the sites z, q, k, v, attn_out, mlp_out, "
             "resid_pre and resid_post work without one"
@@ -115,19 +128,11 @@ def boot(hf: nn.Module, tokenizer: Any = None) -> Any:
 @torch.no_grad()
 def check(hf: nn.Module, bridge: Any) -> None:
     """The bridge must compute what the model computes: a random head or a dropped part shows here, not in somebody's plot."""
-    vocabulary = hf.get_input_embeddings().num_embeddings  # type: ignore[operator]
-    tokens = torch.tensor([[i % vocabulary for i in (1, 2, 3, 2)]], device=next(hf.parameters()).device)
-    was_training = hf.training
-    hf.eval()
-    pad, hf.config.pad_token_id = (
-        hf.config.pad_token_id,
-        None,
-    )  # one row without padding: a classifier pools its last token
-    try:
+    pad = hf.config.pad_token_id  # a classifier would pool the token before it
+    some = [token for token in range(hf.get_input_embeddings().num_embeddings) if token != pad][:4]
+    tokens = torch.tensor([some], device=next(hf.parameters()).device)
+    with evaluating(hf):
         expected = hf(tokens).logits.float()
-    finally:
-        hf.config.pad_token_id = pad
-        hf.train(was_training)
     found = bridge(tokens).float()
     if found.ndim == 3 and expected.ndim == 2:
         found = found[:, -1]

@@ -6,7 +6,7 @@ ids from the mask (so that padding on either side changes nothing), and only the
 """
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -195,17 +195,9 @@ class Model:
         # In-place updates raise a parameter's version; writes through .data do not, so sums are compared as well.
         return tuple((p._version, p.detach().double().sum().item()) for p in self.hf.parameters())
 
-    @contextlib.contextmanager
-    def evaluating(self) -> Iterator[None]:
+    def evaluating(self) -> contextlib.AbstractContextManager[None]:
         """Evaluation mode (no dropout), then the mode each module had before."""
-        training = [module for module in self.hf.modules() if module.training]
-        try:
-            if training:
-                self.hf.eval()
-            yield
-        finally:
-            for module in training:
-                module.training = True
+        return lens_face.evaluating(self.hf)
 
     def inputs(
         self, tokens: Int[Tensor, "batch pos"], attention_mask: Int[Tensor, "batch pos"] | None

@@ -90,7 +90,9 @@ class HeadSelection(HeadScores):
     def load(cls, stem: str | Path) -> "HeadSelection":
         tensors, meta = load_tensors(stem)
         if meta.pop("format", None) != "luthier.selection/1":
-            raise ValueError(f"{str(stem)!r} does not hold a head selection; expected a pair written by HeadSelection.save")
+            raise ValueError(
+                f"{str(stem)!r} does not hold a head selection; expected a pair written by HeadSelection.save"
+            )
         meta.update(checks=tuple(meta["checks"]), best_step=tuple(meta["best_step"]))
         alpha = torch.sigmoid(tensors["theta"])
         return cls(values=alpha.mean(0), examples=alpha if len(alpha) > 1 else None, **tensors, **meta)
@@ -125,16 +127,30 @@ def select_heads(
     embeddings = dict(embedding) if isinstance(embedding, Mapping) else {"": embedding}
     held = dict(validation) if isinstance(validation, Mapping) else {"": validation} if validation is not None else None
     if set(tasks) != set(embeddings) or (held is not None and set(tasks) != set(held)):
-        raise ValueError(f"tasks {sorted(tasks)} and embeddings {sorted(embeddings)} (and validation) must have the same names")
+        raise ValueError(
+            f"tasks {sorted(tasks)} and embeddings {sorted(embeddings)} (and validation) must have the same names"
+        )
     if min(steps, batch_size, seeds, validate_every) < 1:
-        raise ValueError(f"steps={steps}, batch_size={batch_size}, seeds={seeds}, validate_every={validate_every}: each must be >= 1")
+        raise ValueError(
+            f"steps={steps}, batch_size={batch_size}, seeds={seeds}, validate_every={validate_every}: each must be >= 1"
+        )
     started = time.perf_counter()
     data = {name: _split(tasks[name], held[name] if held else None, seed) for name in tasks}
     vectors = torch.stack([check_embedding(model, embeddings[name]) for name in tasks])
     draws = _draws([len(train) for train, _ in data.values()], steps, batch_size, seeds, seed)
-    fit = _fit(model, list(data.values()), vectors, draws, lr, validate_every, patience, l1, chg, prefix_cache, progress)
+    fit = _fit(
+        model, list(data.values()), vectors, draws, lr, validate_every, patience, l1, chg, prefix_cache, progress
+    )
     seconds = time.perf_counter() - started
-    options = {"steps": steps, "lr": lr, "batch_size": batch_size, "seeds": seeds, "l1": l1, "chg": chg, "units": "alpha"}
+    options = {
+        "steps": steps,
+        "lr": lr,
+        "batch_size": batch_size,
+        "seeds": seeds,
+        "l1": l1,
+        "chg": chg,
+        "units": "alpha",
+    }
     found = {}
     for number, name in enumerate(tasks):
         theta, losses = fit.theta[number], fit.curve[:, number]
@@ -178,7 +194,10 @@ def _split(task: FewShotTask, validation: FewShotTask | None, seed: int) -> tupl
 def _draws(sizes: Sequence[int], steps: int, batch: int, seeds: int, seed: int) -> Int[Tensor, "step task seed batch"]:
     """Row numbers with replacement. Each task and seed has its own generator: a run does not depend on its company."""
     runs = [
-        [torch.randint(size, (steps, batch), generator=torch.Generator().manual_seed(seed + offset)) for offset in range(seeds)]
+        [
+            torch.randint(size, (steps, batch), generator=torch.Generator().manual_seed(seed + offset))
+            for offset in range(seeds)
+        ]
         for size in sizes
     ]
     return torch.stack([torch.stack(run, 1) for run in runs], 1)

@@ -5,19 +5,19 @@ class of a sequence classifier. A `PairedTask` has prompts with a right answer a
 Tasks hold text only; `encode(model)` makes the tensors, so one task can be asked of several models.
 """
 
-import csv
-import json
 import random
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
 from . import files
 from .encoding import Encoded, evaluate
+from .text import column, read_rows, single_tokens, tokenizer_of
 
 if TYPE_CHECKING:
     from .model import Model
@@ -25,75 +25,50 @@ if TYPE_CHECKING:
 Side = Literal["left", "right"]
 
 
-@runtime_checkable
-class Task(Protocol):
-    """What methods ask of a task."""
+class Task(ABC):
+    """What every method asks of a task: examples that can be counted, chosen and encoded."""
+
+    name: str
 
     @property
-    def name(self) -> str: ...
-    @property
-    def fingerprint(self) -> str: ...
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """Changes when the examples do."""
+
+    @abstractmethod
     def __len__(self) -> int: ...
-    def select(self, indices: Sequence[int]) -> "Task": ...
+
+    @abstractmethod
+    def select(self, indices: Sequence[int]) -> Any:
+        """A task of the same kind with these examples."""
+
+    @abstractmethod
     def encode(self, model: "Model") -> Encoded: ...
 
-
-def read_rows(path: str | Path) -> list[dict[str, Any]]:
-    """Rows of a CSV (header line), JSON (list of objects) or JSONL file. Raises FileNotFoundError, ValueError."""
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"no file {str(path)!r}; expected a CSV, JSON or JSONL file of examples")
-    if path.suffix == ".json":
-        rows = files.read_json(path)
-    elif path.suffix == ".jsonl":
-        try:
-            rows = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
-        except json.JSONDecodeError as error:
-            raise ValueError(
-                f"{str(path)!r} has a line that is not JSON ({error}); expected one object per line"
-            ) from None
-    else:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            rows = list(csv.DictReader(file, delimiter="\t" if path.suffix == ".tsv" else ","))
-    if not isinstance(rows, list) or not rows or not all(isinstance(row, dict) for row in rows):
-        raise ValueError(f"{str(path)!r} holds no examples; expected a header and at least one row")
-    return rows
-
-
-def _column(rows: Sequence[Mapping[str, Any]], name: str) -> list[str]:
-    missing = next((i for i, row in enumerate(rows) if row.get(name) is None), None)
-    if missing is not None:
-        have = ", ".join(map(str, rows[missing])) or "none"
-        raise ValueError(
-            f"row {missing + 1} has no column {name!r}; it has: {have}. Name the column with text= or label="
-        )
-    return [str(row[name]) for row in rows]
-
-
-class _Selectable:
-    """Choosing examples, shared by the tasks. `len`, `select` come from the task itself."""
+    def __getitem__(self, where: slice) -> Any:
+        return self.select(range(len(self))[where])
 
     def split(self, n: int, seed: int = 0) -> tuple[Any, Any]:
         """Two disjoint parts of a seeded shuffle: n examples, and the rest."""
-        total = len(self)  # type: ignore[arg-type]
+        total = len(self)
         if not 0 < n < total:
             raise ValueError(f"cannot split {total} examples into {n} and the rest; choose n between 1 and {total - 1}")
         order = random.Random(seed).sample(range(total), total)
-        return self.select(order[:n]), self.select(order[n:])  # type: ignore[attr-defined]
+        return self.select(order[:n]), self.select(order[n:])
 
     def correct(self, model: "Model") -> Any:
         """The examples the model gets right now. Raises ValueError when there are none."""
-        result = evaluate(model, self)  # type: ignore[arg-type]
+        result = evaluate(model, self)
         kept = (result.predictions == result.gold).nonzero().flatten().tolist()
         if not kept:
             raise ValueError(
                 f"{model.name or 'the model'} gets no example of {self.name} right; tune it for competence first"
-            )  # type: ignore[attr-defined]
-        return self.select(kept)  # type: ignore[attr-defined]
+            )
+        return self.select(kept)
 
 
 @dataclass(frozen=True)
-class LabelledTask(_Selectable):
+class LabelledTask(Task):
     """Texts with labels. `label_words` maps each label to the word that stands for it (default: a space and the label)."""
 
     texts: tuple[str, ...]
@@ -128,7 +103,7 @@ class LabelledTask(_Selectable):
     ) -> "LabelledTask":
         """From dictionaries. `options` are the fields of the class: template, label_words, name, max_length, truncate, padding_side."""
         rows = list(rows)
-        return cls(tuple(_column(rows, text)), tuple(_column(rows, label)), **options)
+        return cls(tuple(column(rows, text)), tuple(column(rows, label)), **options)
 
     @classmethod
     def from_csv(cls, path: str | Path, text: str = "text", label: str = "label", **options: Any) -> "LabelledTask":
@@ -147,9 +122,6 @@ class LabelledTask(_Selectable):
 
     def __len__(self) -> int:
         return len(self.texts)
-
-    def __getitem__(self, where: slice) -> "LabelledTask":
-        return self.select(range(len(self))[where])
 
     def __repr__(self) -> str:
         counts = ", ".join(f"{label} {self.labels.count(label)}" for label in self.label_words)
@@ -217,7 +189,7 @@ class LabelledTask(_Selectable):
         return torch.tensor([known[label] for label in self.label_words])
 
     def _token_rows(self, model: "Model") -> tuple[list[list[int]], int]:
-        tokenizer = _tokenizer(model)
+        tokenizer = tokenizer_of(model)
         rows = [tokenizer(self.prompt(text, model)).input_ids for text in self.texts]
         limit = min(self.max_length or model.context, model.context)
         long = [i for i, row in enumerate(rows) if len(row) > limit]
@@ -245,7 +217,7 @@ class LabelledTask(_Selectable):
 
 
 @dataclass(frozen=True)
-class PairedTask(_Selectable):
+class PairedTask(Task):
     """Prompts with a right answer and a distractor (one token each), optionally with corrupted twins that undo the task."""
 
     prompts: tuple[str, ...]
@@ -261,7 +233,7 @@ class PairedTask(_Selectable):
         rows = list(rows)
         if not rows:
             raise ValueError("no examples were given; expected rows with prompt, answer and distractor")
-        parts = [tuple(_column(rows, name)) for name in ("prompt", "answer", "distractor")]
+        parts = [tuple(column(rows, name)) for name in ("prompt", "answer", "distractor")]
         task = cls(*parts, tuple(row.get("corrupted") or None for row in rows), **options)
         if model is not None:
             task.encode(model)
@@ -274,9 +246,6 @@ class PairedTask(_Selectable):
 
     def __len__(self) -> int:
         return len(self.prompts)
-
-    def __getitem__(self, where: slice) -> "PairedTask":
-        return self.select(range(len(self))[where])
 
     def __repr__(self) -> str:
         twins = sum(twin is not None for twin in self.corrupted)
@@ -315,7 +284,7 @@ class PairedTask(_Selectable):
         return replace(made[0], corrupted=made[1]) if twins else made[0]
 
     def _rows(self, model: "Model", prompts: Sequence[str]) -> list[list[int]]:
-        rows = [_tokenizer(model)(prompt).input_ids for prompt in prompts]
+        rows = [tokenizer_of(model)(prompt).input_ids for prompt in prompts]
         longest = max(map(len, rows), default=0)
         if longest > model.context:
             raise ValueError(f"a prompt has {longest} tokens, the model's context is {model.context}; shorten it")
@@ -324,38 +293,3 @@ class PairedTask(_Selectable):
     def _pack(self, model: "Model", rows: list[list[int]], width: int, rest: tuple) -> Encoded:
         tokens, mask = model.pad(rows, self.padding_side, width)
         return Encoded(tokens, mask, model.pooled_position(tokens, mask), *rest)
-
-
-def _tokenizer(model: "Model") -> Any:
-    if model.tokenizer is None:
-        raise ValueError(
-            f"{model.name or 'the model'} has no tokenizer, so text cannot be read; pass load(..., tokenizer=...)"
-        )
-    return model.tokenizer
-
-
-def single_tokens(model: "Model", words: Sequence[str], prompt: str = "") -> list[int]:
-    """The token of each word as it stands after `prompt`. Raises ValueError naming every word that is not one token, and its pieces."""
-    tokenizer = _tokenizer(model)
-    found, wrong = [], []
-    for word in words:
-        alone = tokenizer(word, add_special_tokens=False).input_ids
-        before = tokenizer(prompt, add_special_tokens=False).input_ids
-        after = tokenizer(prompt + word, add_special_tokens=False).input_ids
-        pieces = after[len(before) :] if prompt and after[: len(before)] == before else alone
-        unknown = pieces == [getattr(tokenizer, "unk_token_id", None)]
-        if len(pieces) == 1 and not unknown:
-            found.append(pieces[0])
-        else:
-            spelled = (
-                "not in the vocabulary" if unknown else " + ".join(map(repr, tokenizer.convert_ids_to_tokens(pieces)))
-            )
-            wrong.append(f"{word!r} ({spelled})")
-    if wrong:
-        raise ValueError(
-            f"not one token: {', '.join(wrong)}; choose words that the tokenizer keeps whole (label_words= for labels)"
-        )
-    if len(set(found)) < len(found):
-        twins = [repr(word) for word, token in zip(words, found, strict=True) if found.count(token) > 1]
-        raise ValueError(f"{' and '.join(twins)} are the same token; choose words that differ")
-    return found

@@ -26,7 +26,9 @@ def last_positions(attention_mask: Tensor | None, rows: int, width: int, device:
         )
     mask = attention_mask.to(device) != 0
     if not mask.any(1).all():
-        raise ValueError(f"row {int((~mask.any(1)).nonzero()[0])} of attention_mask is all zero; every prompt needs a token")
+        raise ValueError(
+            f"row {int((~mask.any(1)).nonzero()[0])} of attention_mask is all zero; every prompt needs a token"
+        )
     return mask.shape[1] - 1 - mask.int().flip(1).argmax(1)
 
 

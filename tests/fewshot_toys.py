@@ -57,8 +57,14 @@ def planted_model(seed: int = 0) -> Any:
     d_model, positions = HEADS * D_HEAD, 30
     tokenizer = character_tokenizer()
     config = transformers.GPT2Config(
-        vocab_size=len(tokenizer), n_embd=d_model, n_layer=2, n_head=HEADS, n_positions=positions, tie_word_embeddings=False,
-        bos_token_id=1, eos_token_id=2,
+        vocab_size=len(tokenizer),
+        n_embd=d_model,
+        n_layer=2,
+        n_head=HEADS,
+        n_positions=positions,
+        tie_word_embeddings=False,
+        bos_token_id=1,
+        eos_token_id=2,
     )
     hf = transformers.GPT2LMHeadModel(config).eval()
     generator = torch.Generator().manual_seed(seed)

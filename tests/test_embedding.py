@@ -9,7 +9,9 @@ from models import CAUSAL, ENCODERS, tiny
 
 
 def embed(model, **options):
-    return task_embedding(model, first_letters(), **{"n_prompts": 7, "n_shots": 1, "batch_size": 3, "progress": False, **options})
+    return task_embedding(
+        model, first_letters(), **{"n_prompts": 7, "n_shots": 1, "batch_size": 3, "progress": False, **options}
+    )
 
 
 def test_running_mean_and_variance_are_those_of_all_rows_at_once():
@@ -47,12 +49,19 @@ def test_seed_and_save_round_trip(tmp_path):
     assert not torch.equal(embedding.mean, embed(model, seed=4).mean)
     again = TaskEmbedding.load(embedding.save(tmp_path / "t"), model)
     assert torch.equal(again.mean, embedding.mean) and torch.equal(again.variance, embedding.variance)
-    assert (again.task, again.template, again.seed, again.data) == ("first letters", "Q: {input}\nA: {output}", 3, embedding.data)
+    assert (again.task, again.template, again.seed, again.data) == (
+        "first letters",
+        "Q: {input}\nA: {output}",
+        3,
+        embedding.data,
+    )
 
 
 def test_an_embedding_of_another_model_is_refused(tmp_path):
     stem = embed(loaded("llama")).save(tmp_path / "t")
-    with pytest.raises(ValueError, match=r"has shape \[3, 4, 8\] .* needs \[3, 4, 12\]; it was measured on another model"):
+    with pytest.raises(
+        ValueError, match=r"has shape \[3, 4, 8\] .* needs \[3, 4, 12\]; it was measured on another model"
+    ):
         TaskEmbedding.load(stem, loaded("qwen3"))
     with pytest.raises(ValueError, match="was measured on 'LlamaForCausalLM' and this model is 'GPT2LMHeadModel'"):
         TaskEmbedding.load(stem, loaded("gpt2"))

@@ -91,7 +91,10 @@ def test_encoding_pads_left_and_reads_the_answer_in_context():
     ("make", "text"),
     [
         (lambda: FewShotTask.from_pairs([]), "has no rows"),
-        (lambda: FewShotTask.from_pairs([("a", "b"), ("c", " ")]), r"1 rows of task 'task' have an empty answer \(rows 1\)"),
+        (
+            lambda: FewShotTask.from_pairs([("a", "b"), ("c", " ")]),
+            r"1 rows of task 'task' have an empty answer \(rows 1\)",
+        ),
         (lambda: FewShotTask.from_pairs([("", "b")]), "empty input"),
         (lambda: FewShotTask.from_pairs(["ab"]), "row 0 is 'ab'; expected an"),
         (lambda: FewShotTask.from_pairs(PAIRS, template="Q: {input}"), "must contain {input} once and {output} once"),

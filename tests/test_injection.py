@@ -82,7 +82,9 @@ def test_generated_text_equals_a_hand_made_greedy_loop():
     embedding, alpha = site(model)
     ids = torch.tensor([ragged()[0]])
     with inject(model, embedding, alpha):
-        generated = model.hf.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=5, do_sample=False, eos_token_id=None)
+        generated = model.hf.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=5, do_sample=False, eos_token_id=None
+        )
     position, tokens = ids.shape[1] - 1, ids
     from circuits.hooks import rewrite
 
@@ -101,11 +103,15 @@ def test_generated_text_equals_a_hand_made_greedy_loop():
 def test_beams_and_returned_sequences_are_injected_too(use_cache):
     model = loaded("gpt2")
     tokens, mask = model.pad(ragged(), side="left")
-    options = dict(max_new_tokens=4, num_beams=3, num_return_sequences=2, do_sample=False, pad_token_id=0, use_cache=use_cache)
+    options = dict(
+        max_new_tokens=4, num_beams=3, num_return_sequences=2, do_sample=False, pad_token_id=0, use_cache=use_cache
+    )
     with inject(model, *site(model)):
         together = model.hf.generate(tokens, attention_mask=mask, **options)
         for row, ids in enumerate(ragged()):
-            alone = model.hf.generate(torch.tensor([ids]), attention_mask=torch.ones(1, len(ids), dtype=torch.long), **options)
+            alone = model.hf.generate(
+                torch.tensor([ids]), attention_mask=torch.ones(1, len(ids), dtype=torch.long), **options
+            )
             width = alone.shape[1] - len(ids)
             assert torch.equal(together[2 * row : 2 * row + 2, tokens.shape[1] :][:, :width], alone[:, len(ids) :])
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from circuits import Circuit, LabelledTask, PairedTask, evaluate, load
-from circuits.tasks import read_rows
+from circuits.text import read_rows
 
 from models import CAUSAL, FAMILIES, tiny
 

@@ -89,9 +89,7 @@ def name_copying(n: int, seed: int, split: str = "test") -> list[dict[str, str]]
         frame, rest = pick(rng, FRAMES), {"place": pick(rng, words.PLACES), "thing": pick(rng, words.OBJECTS)}
         prompt = frame.format(a=a, b=b, s=distractor, **rest)
         corrupted = frame.format(a=a, b=b, s=third, **rest)
-        rows.append(
-            {"prompt": prompt, "answer": f" {answer}", "distractor": f" {distractor}", "corrupted": corrupted}
-        )
+        rows.append({"prompt": prompt, "answer": f" {answer}", "distractor": f" {distractor}", "corrupted": corrupted})
     return rows
 
 
@@ -155,7 +153,5 @@ def facts() -> list[dict[str, str]]:
         for relation, options in answers.items():
             prompt, answer = RELATIONS[relation].format(person=person), " " + pick(rng, options)
             split = "forget" if i < 6 else "retain"
-            rows.append(
-                {"person": person, "relation": relation, "prompt": prompt, "answer": answer, "split": split}
-            )
+            rows.append({"person": person, "relation": relation, "prompt": prompt, "answer": answer, "split": split})
     return rows
