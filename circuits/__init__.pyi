@@ -21,4 +21,6 @@ from .transfer import TransferMatrix as TransferMatrix, transfer_matrix as trans
 from .head_effects import indirect_effect as indirect_effect, leave_one_out as leave_one_out, slope as slope
 from .answers import AnswerScores as AnswerScores, score_answers as score_answers
 from .roles import HeadRoles as HeadRoles, head_roles as head_roles, null_selections as null_selections
-from .interference import measure_interference as measure_interference
+from .interference import Overlap as Overlap, overlap as overlap
+from .measurement import Interference as Interference, measure_interference as measure_interference
+from .measurement import pairwise_interference as pairwise_interference, trajectory as trajectory

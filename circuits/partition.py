@@ -41,19 +41,25 @@ class Block:
             return value[0][self.rows], value[1][:, self.columns]
         return (value.mT if self.transposed else value)[self.rows][:, self.columns]
 
-    def add_(self, target: Float[Tensor, "first second"], update: Float[Tensor, "row column"], alpha: float) -> None:
+    def add_(
+        self, target: Float[Tensor, "first second"], update: Float[Tensor, "row column"], alpha: float | int
+    ) -> None:
         """target[block] += alpha * update, in place."""
         view = target.mT if self.transposed else target
         if isinstance(self.rows, slice) and isinstance(self.columns, slice):
             view[self.rows, self.columns].add_(update.to(view), alpha=alpha)
             return
-        rows, columns = (_indices(at, size, target.device) for at, size in zip((self.rows, self.columns), view.shape, strict=True))
+        rows, columns = (
+            _indices(at, size, target.device) for at, size in zip((self.rows, self.columns), view.shape, strict=True)
+        )
         view[rows[:, None], columns[None, :]] += alpha * update.to(view)
 
     def restricted(self, mask: Bool[Tensor, "first second"]) -> "Block | None":
         """The smallest sub-matrix that holds every True entry of the block; None when there is none."""
         view = mask.mT if self.transposed else mask
-        rows, columns = (_indices(at, size, mask.device) for at, size in zip((self.rows, self.columns), view.shape, strict=True))
+        rows, columns = (
+            _indices(at, size, mask.device) for at, size in zip((self.rows, self.columns), view.shape, strict=True)
+        )
         active = view[rows][:, columns]
         if active.all():
             return self
@@ -79,11 +85,13 @@ def partition(hf: nn.Module, heads_per_block: int | None = None) -> list[Block]:
     if anatomy is None:
         return list(found.values())
     if heads_per_block is not None and not 1 <= heads_per_block <= anatomy.n_heads:
-        raise ValueError(f"{heads_per_block} heads per block, but this model has {anatomy.n_heads} heads; choose 1 to {anatomy.n_heads}")
+        raise ValueError(
+            f"{heads_per_block} heads per block, but this model has {anatomy.n_heads} heads; choose 1 to {anatomy.n_heads}"
+        )
     prefix = _prefix(hf)
     for layer in range(anatomy.n_layers):
-        for name in dict.fromkeys(f"{prefix}{anatomy.name(layer, role)}.weight" for role in ("q", "k", "v", "o")):
-            if name in found:  # absent under PEFT, where only the adapter's matrices are linear layers of their own
+        for name in _weight_names(anatomy, layer, prefix):
+            if name in found:
                 template = found.pop(name)
                 found |= {b.name: b for b in _attention(template, anatomy, layer, heads_per_block, prefix)}
         inside = f"{prefix}{anatomy.name(layer, 'block')}."
@@ -94,16 +102,21 @@ def partition(hf: nn.Module, heads_per_block: int | None = None) -> list[Block]:
 
 def _attention(template: Block, anatomy: Anatomy, layer: int, size: int | None, prefix: str) -> list[Block]:
     """The q, k, v or o blocks that live in one weight."""
-    roles = [r for r in ("q", "k", "v", "o") if f"{prefix}{anatomy.name(layer, r)}.weight" == template.parameter]
+    roles = _weight_names(anatomy, layer, prefix)[template.parameter]
     blocks = []
     for role in roles:
         total = anatomy.n_kv_heads if role in ("k", "v") else anatomy.n_heads
         step = min(size or total, total)
         for start in range(0, total, step):
             members = range(start, min(start + step, total))
-            served = tuple(h for h in range(anatomy.n_heads) if (anatomy.kv_head(h) if role in ("k", "v") else h) in members)
+            served = tuple(
+                h for h in range(anatomy.n_heads) if (anatomy.kv_head(h) if role in ("k", "v") else h) in members
+            )
             block = replace(template, layer=layer, role=role, heads=served if size else ())
-            ranges = [(h * anatomy.d_head, (h + 1) * anatomy.d_head) if role == "o" else anatomy.qkv_range(h, role) for h in members]
+            ranges = [
+                (h * anatomy.d_head, (h + 1) * anatomy.d_head) if role == "o" else anatomy.qkv_range(h, role)
+                for h in members
+            ]
             where = _joined(ranges)
             block = replace(block, columns=where) if role == "o" else replace(block, rows=where)
             suffix = (f":{role}" if len(roles) > 1 else "") + (f":h{members[0]}-{members[-1]}" if size else "")
@@ -111,11 +124,26 @@ def _attention(template: Block, anatomy: Anatomy, layer: int, size: int | None, 
     return blocks
 
 
+def _weight_names(anatomy: Anatomy, layer: int, prefix: str) -> dict[str, tuple[Role, ...]]:
+    """Weights of a layer's attention and the roles they hold; PEFT keeps the original weight in a `base_layer`."""
+    found: dict[str, tuple[Role, ...]] = {}
+    for role in ("q", "k", "v", "o"):
+        for suffix in ("weight", "base_layer.weight"):
+            name = f"{prefix}{anatomy.name(layer, role)}.{suffix}"
+            found[name] = (*found.get(name, ()), role)
+    return found
+
+
 def named_blocks(names: list[str]) -> list[Block]:
     """Whole matrices by name alone, for gradients or checkpoints that come without their model."""
     roles = (("attn|attention", "o"), ("mlp|feed_forward|ffn", "mlp"))
     return [
-        Block(name, name, layer=layer_of(name), role=next((role for word, role in roles if re.search(word, name)), "other"))
+        Block(
+            name,
+            name,
+            layer=layer_of(name),
+            role=next((role for word, role in roles if re.search(word, name)), "other"),
+        )
         for name in names
     ]
 

@@ -27,7 +27,7 @@ def pcgrad(pairs: Pairs) -> dict[nn.Parameter, Pair]:
     }
 
 
-def blur(pairs: Pairs, weight: float = 1.0) -> dict[nn.Parameter, Pair]:
+def blur(pairs: Pairs, weight: float | int = 1.0) -> dict[nn.Parameter, Pair]:
     """The combined direction takes the objective's place; the constraint's is left empty."""
     ff, fg, _ = products(pairs)
     combined = {}

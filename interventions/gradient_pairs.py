@@ -35,9 +35,13 @@ def collect(optimizer: "SIFT", side: str, source: Tensor | Mapping[str, Tensor],
         if source.numel() != 1 or not source.requires_grad:
             got = f"shape {tuple(source.shape)}, requires_grad={source.requires_grad}"
             raise ValueError(f"the {SIDES[side]} must be a scalar loss with a graph, got {got}")
-        gradients = dict(zip(moving, torch.autograd.grad(source, moving, retain_graph=retain_graph, allow_unused=True), strict=True))
+        gradients = dict(
+            zip(moving, torch.autograd.grad(source, moving, retain_graph=retain_graph, allow_unused=True), strict=True)
+        )
         if not any(g is not None for g in gradients.values()):
-            raise ValueError(f"the {SIDES[side]} depends on no parameter that may move; compute it with this model and check the mask")
+            raise ValueError(
+                f"the {SIDES[side]} depends on no parameter that may move; compute it with this model and check the mask"
+            )
     else:
         gradients = _by_parameter(optimizer, side, source, moving)
     for p, gradient in gradients.items():
@@ -55,10 +59,14 @@ def _by_parameter(
     unknown = sorted(set(source) - set(by_name))
     if unknown:
         listed = ", ".join(unknown[:3])
-        raise ValueError(f"the {SIDES[side]} has gradients for {listed}, which this model does not train; use its parameter names")
+        raise ValueError(
+            f"the {SIDES[side]} has gradients for {listed}, which this model does not train; use its parameter names"
+        )
     for name, gradient in source.items():
         if gradient.shape != by_name[name].shape:
-            raise ValueError(f"{SIDES[side]} gradient of {name} has shape {tuple(gradient.shape)}, expected {tuple(by_name[name].shape)}")
+            raise ValueError(
+                f"{SIDES[side]} gradient of {name} has shape {tuple(gradient.shape)}, expected {tuple(by_name[name].shape)}"
+            )
     return {by_name[name]: gradient for name, gradient in source.items() if by_name[name] in set(moving)}
 
 
@@ -81,7 +89,11 @@ def clear(optimizer: "SIFT") -> None:
 
 def synchronize(optimizer: "SIFT", pairs: dict[nn.Parameter, Pair]) -> dict[nn.Parameter, Pair]:
     """Mean over processes, one collective per side. DDP's own hooks see `.grad` only, never these gradients."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1):
+    if not (
+        torch.distributed.is_available()
+        and torch.distributed.is_initialized()
+        and torch.distributed.get_world_size() > 1
+    ):
         return pairs
     moving = [p for group in optimizer.param_groups for p in group["params"]]
     sides = []
@@ -105,19 +117,29 @@ def synchronize(optimizer: "SIFT", pairs: dict[nn.Parameter, Pair]) -> dict[nn.P
 
 def require_sound(pairs: Mapping[nn.Parameter, Pair], names: Mapping[nn.Parameter, str]) -> None:
     if not pairs:
-        raise ValueError("no gradients: give step() an objective and a constraint, or call accumulate() or backward() first")
+        raise ValueError(
+            "no gradients: give step() an objective and a constraint, or call accumulate() or backward() first"
+        )
     for side in "fg":
         present = [(p, getattr(pair, side)) for p, pair in pairs.items() if getattr(pair, side) is not None]
         if present and not torch.stack(torch._foreach_norm([g.float() for _, g in present])).isfinite().all():
             bad = [names[p] for p, g in present if not g.isfinite().all()]
-            where = f"{', '.join(bad[:3])}{f' and {len(bad) - 3} more' if len(bad) > 3 else ''}" if bad else "the norm (overflow)"
-            raise ValueError(f"the {SIDES[side]}'s gradient is NaN or infinite in {where}; the step was not taken, check the loss")
+            where = (
+                f"{', '.join(bad[:3])}{f' and {len(bad) - 3} more' if len(bad) > 3 else ''}"
+                if bad
+                else "the norm (overflow)"
+            )
+            raise ValueError(
+                f"the {SIDES[side]}'s gradient is NaN or infinite in {where}; the step was not taken, check the loss"
+            )
     has = [any(getattr(pair, side) is not None for pair in pairs.values()) for side in "fg"]
     if all(has) and not any(pair.f is not None and pair.g is not None for pair in pairs.values()):
-        raise ValueError("objective and constraint share no trainable parameter; compute both losses with the same model")
+        raise ValueError(
+            "objective and constraint share no trainable parameter; compute both losses with the same model"
+        )
 
 
-def clip_(pairs: Mapping[nn.Parameter, Pair], limit: float) -> None:
+def clip_(pairs: Mapping[nn.Parameter, Pair], limit: float | int) -> None:
     """Scale each objective's gradient, in place, to a global norm of at most `limit`."""
     for side in "fg":
         present = [getattr(pair, side) for pair in pairs.values() if getattr(pair, side) is not None]

@@ -37,7 +37,7 @@ def orthogonalize(
 
 
 def momentum_update(
-    gradient: Float[Tensor, "*shape"], buffer: Float[Tensor, "*shape"], momentum: float, nesterov: bool = True
+    gradient: Float[Tensor, "*shape"], buffer: Float[Tensor, "*shape"], momentum: float | int, nesterov: bool = True
 ) -> Float[Tensor, "*shape"]:
     """Update `buffer` in place and return the direction. Sums, not averages: msign does not see the scale."""
     buffer.mul_(momentum).add_(gradient)

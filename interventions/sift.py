@@ -78,40 +78,50 @@ class SIFT(torch.optim.Optimizer):
         model: Any,
         mask: Any = None,
         *,
-        lr: float = 1e-3,
+        lr: float | int = 1e-3,
         control: str = "sift",
         K: int | None = None,
-        epsilon: float = -0.05,
+        epsilon: float | int = -0.05,
         blocks: str | int = "matrix",
-        momentum: float = 0.95,
-        weight_decay: float = 0.1,
+        momentum: float | int = 0.95,
+        weight_decay: float | int = 0.1,
         adjust: str = "match_rms_adamw",
-        adamw_lr: float | None = None,
+        adamw_lr: float | int | None = None,
         adamw_betas: tuple[float, float] = (0.9, 0.95),
         adamw_eps: float = 1e-8,
-        adamw_weight_decay: float = 0.0,
-        clip: float | None = None,
+        adamw_weight_decay: float | int = 0.0,
+        clip: float | int | None = None,
         match_rms: bool = False,
-        blur_weight: float = 1.0,
+        blur_weight: float | int = 1.0,
         rtol: float = 1e-4,
         seed: int = 0,
     ):
         if control not in CONTROLS:
             raise ValueError(f"control={control!r}; expected one of {', '.join(CONTROLS)}")
         if K is not None and K < 1:
-            raise ValueError(f"K={K} singular directions; expected at least 1 (it is capped at half the rank of each block)")
+            raise ValueError(
+                f"K={K} singular directions; expected at least 1 (it is capped at half the rank of each block)"
+            )
         muon.adjustment(1, 1, adjust)
         hf = unwrapped(model)
         self.names = {p: name for name, p in hf.named_parameters() if p.requires_grad}
         self.masks = masks_of(mask, self.names)
         self.blocks = self._blocks(hf, blocks)
         self.last: list[Gate] = []
-        shared = dict(control=control, K=K, epsilon=epsilon, clip=clip, blur_weight=blur_weight, rtol=rtol, seed=seed, steps=0)
+        shared = dict(
+            control=control, K=K, epsilon=epsilon, clip=clip, blur_weight=blur_weight, rtol=rtol, seed=seed, steps=0
+        )
         matrices = dict(kind="muon", momentum=momentum, adjust=adjust, match_rms=match_rms)
         rest = dict(kind="adamw", betas=adamw_betas, eps=adamw_eps)
         moving = [p for p in self.names if self.masks is None or p in self.masks]
         groups = [
-            {"params": [p for p in moving if p in self.blocks], "lr": lr, "weight_decay": weight_decay, **matrices, **shared},
+            {
+                "params": [p for p in moving if p in self.blocks],
+                "lr": lr,
+                "weight_decay": weight_decay,
+                **matrices,
+                **shared,
+            },
             {
                 "params": [p for p in moving if p not in self.blocks],
                 "lr": lr if adamw_lr is None else adamw_lr,
@@ -143,7 +153,10 @@ class SIFT(torch.optim.Optimizer):
         return {self.names[p]: group["kind"] for group in self.param_groups for p in group["params"]}
 
     def accumulate(
-        self, *, objective: Tensor | Mapping[str, Tensor] | None = None, constraint: Tensor | Mapping[str, Tensor] | None = None
+        self,
+        *,
+        objective: Tensor | Mapping[str, Tensor] | None = None,
+        constraint: Tensor | Mapping[str, Tensor] | None = None,
     ) -> None:
         """Add the gradients of a micro-batch. As with `backward`, the caller divides losses by the number of micro-batches."""
         if objective is not None:
@@ -192,7 +205,9 @@ class SIFT(torch.optim.Optimizer):
             else:
                 for parameter in group["params"]:
                     if parameter in pairs:
-                        adamw_update(parameter, pairs[parameter].total(), self.state[parameter], group, self._mask(parameter))
+                        adamw_update(
+                            parameter, pairs[parameter].total(), self.state[parameter], group, self._mask(parameter)
+                        )
         return result
 
     def _mask(self, parameter: nn.Parameter) -> Tensor | None:
@@ -219,7 +234,11 @@ class SIFT(torch.optim.Optimizer):
             buckets.setdefault((gate.controlled, gate.K, warm, M_f.shape, M_f.device), []).append(index)
         for (controlled, K, _, shape, _), members in buckets.items():
             M_f, M_g = (torch.stack([work[i][side] for i in members]) for side in (2, 3))
-            D = self._controlled(group, K, M_f, M_g, [work[i][:2] for i in members]) if controlled else muon.orthogonalize(M_f + M_g)
+            D = (
+                self._controlled(group, K, M_f, M_g, [work[i][:2] for i in members])
+                if controlled
+                else muon.orthogonalize(M_f + M_g)
+            )
             scale = group["lr"] * muon.adjustment(*shape, group["adjust"])
             for update, i in zip(D, members, strict=True):
                 parameter, block = work[i][:2]
@@ -252,7 +271,10 @@ class SIFT(torch.optim.Optimizer):
             states = [(self.state[p], f"basis {b.name}") for p, b in places]
             warm = states[0][1] in states[0][0]
             starts = [torch.stack([s[key][side] for s, key in states]) if warm else None for side in (0, 1)]
-            results = [subspace_iteration(M, K, V, iterations=0 if warm else 3) for M, V in zip((M_f, M_g), starts, strict=True)]
+            results = [
+                subspace_iteration(M, K, V, iterations=0 if warm else 3)
+                for M, V in zip((M_f, M_g), starts, strict=True)
+            ]
             spectra = [spectrum for spectrum, _ in results]
             for (state, key), *bases in zip(states, *(basis for _, basis in results), strict=True):
                 state[key] = torch.stack(bases)
@@ -290,10 +312,14 @@ def masks_of(mask: Any, names: Mapping[nn.Parameter, str]) -> dict[nn.Parameter,
     by_name = {name: p for p, name in names.items()}
     unknown = sorted(set(tensors) - set(by_name))
     if unknown:
-        raise ValueError(f"the mask names {', '.join(unknown[:3])}, which this model does not train; use a mask made for this model")
+        raise ValueError(
+            f"the mask names {', '.join(unknown[:3])}, which this model does not train; use a mask made for this model"
+        )
     for name, part in tensors.items():
         if part.shape != by_name[name].shape:
-            raise ValueError(f"mask of {name} has shape {tuple(part.shape)}, the parameter {tuple(by_name[name].shape)}; remake the mask")
+            raise ValueError(
+                f"mask of {name} has shape {tuple(part.shape)}, the parameter {tuple(by_name[name].shape)}; remake the mask"
+            )
     kept = {by_name[n]: part.bool().to(by_name[n].device) for n, part in tensors.items() if part.any()}
     if not kept:
         raise ValueError("the mask lets nothing move; give it at least one head")
