@@ -136,7 +136,7 @@ def _weights_of(hf: Any, what: str) -> Mapping[str, Tensor]:
     raise ValueError(f"{what} is compared with its base: pass model= as well, or give the difference as a dictionary")
 
 
-def _pattern(patterns: Mapping[str, Any] | None, module: str, default: float) -> float:
+def _pattern(patterns: Mapping[str, Any] | None, module: str, default: float | int) -> float | int:
     return next((v for key, v in (patterns or {}).items() if re.fullmatch(rf"(.*\.)?{key}", module)), default)
 
 
