@@ -11,6 +11,7 @@ import typer
 
 from .cli_demo import demo
 from .cli_discover import discover
+from .cli_embed import app as embed
 from .cli_report import report
 from .cli_tune import tune
 
@@ -24,6 +25,7 @@ app = typer.Typer(
 )
 for verb in (demo, discover, tune, report):
     app.command()(verb)
+app.add_typer(embed, name="embed")
 
 
 def main() -> None:
