@@ -2,7 +2,6 @@
 PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
-# Two OpenMP threads on a busy core are slower than one; set OMP_NUM_THREADS yourself to use more.
 export TOKENIZERS_PARALLELISM = false
 
 .PHONY: demo test check bench clean
@@ -11,7 +10,8 @@ demo: $(VENV)/.installed
 	$(BIN)/luthier demo --out demo
 
 test: $(VENV)/.tests check
-	$(BIN)/python -m pytest
+	# One process a core and one thread a process: two OpenMP threads on a busy core are slower than one.
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
 
 check: $(VENV)/.tests
 	$(BIN)/ruff check .
