@@ -7,6 +7,7 @@ from .hooks import record as record, rewrite as rewrite
 from .heads import Circuit as Circuit, Head as Head, HeadScores as HeadScores
 from .tasks import LabelledTask as LabelledTask, PairedTask as PairedTask
 from .fewshot import FewShotTask as FewShotTask
+from .rules import rule_task as rule_task
 from .encoding import Encoded as Encoded, Evaluation as Evaluation, evaluate as evaluate
 
 # methods

@@ -183,6 +183,22 @@ class FewShotTask:
             made.append(self._prompt([self.pairs[row] for row in shots], query))
         return made
 
+    def paired(self, n: int = 50, n_shots: int = 10, seed: int = 0) -> Any:
+        """Few-shot prompts as a PairedTask (distractor: another row's answer), so that CD-T, ablation and the other methods of
+        `circuits` can score heads on the same task: `selection.correlation(relevance(model, task.paired()))`."""
+        from .tasks import PairedTask
+
+        answers = sorted({self.answer(target) for _, target in self.pairs})
+        if len(answers) < 2:
+            raise ValueError(f"every answer of task {self.name!r} is {answers[0]!r}; a distractor needs a second one")
+        generator = torch.Generator().manual_seed(seed)
+        rows = []
+        for prompt in self.prompts(n_shots, n, seed=seed):
+            others = [answer for answer in answers if answer != prompt.answer]
+            pick = int(torch.randint(len(others), (), generator=generator))
+            rows.append({"prompt": prompt.text, "answer": prompt.answer, "distractor": others[pick]})
+        return PairedTask.from_rows(rows, name=self.name)
+
     def _prompt(self, shots: list[tuple[str, str]], query: tuple[str, str]) -> Prompt:
         text = "".join(self.demonstration(*shot) + self.separator for shot in shots) + self.query(query[0])
         return Prompt(text, self.answer(query[1]), query[1])

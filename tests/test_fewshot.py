@@ -128,3 +128,37 @@ def test_a_model_without_tokenizer_is_refused():
 
     with pytest.raises(ValueError, match="has no tokenizer"):
         encode_prompts(shared_tiny("gpt2"), first_letters().prompts())
+
+
+def test_as_pairs_of_answers_the_task_can_be_scored_by_other_methods():
+    from circuits import pocket
+
+    task = pocket.fewshot_task("uppercase")
+    paired = task.paired(6, n_shots=4, seed=1)
+    assert paired.prompts == tuple(prompt.text for prompt in task.prompts(4, 6, seed=1))
+    assert all(answer != other for answer, other in zip(paired.answers, paired.distractors, strict=True))
+    with pytest.raises(ValueError, match="a distractor needs a second one"):
+        FewShotTask.from_pairs([("a", "x"), ("b", "x")]).paired(2, n_shots=1)
+
+
+def test_agreement_with_another_method_on_the_same_task_is_one_call():
+    from circuits import ablation, load, pocket, select_heads, task_embedding
+
+    model, task = load("pocket"), pocket.fewshot_task("uppercase")
+    embedding = task_embedding(model, task, n_prompts=4, n_shots=4, progress=False)
+    found = select_heads(model, task, embedding, steps=4, progress=False)
+    agreement = found.correlation(ablation(model, task.paired(4, n_shots=4), progress=False))
+    assert set(agreement) == {"pearson", "spearman", "top10"} and -1 <= agreement["spearman"] <= 1
+
+
+def test_a_selection_becomes_a_circuit_and_a_mask():
+    from circuits import HeadScores
+    from interventions import HeadMask
+
+    model = loaded("llama")
+    import torch
+
+    alpha = torch.zeros(3, 4)
+    alpha[1, 2] = 0.9
+    mask = HeadMask.from_circuit(HeadScores(alpha, "site").top(1), model, norms="none")
+    assert "model.layers.1.self_attn.q_proj.weight" in mask.tensors()

@@ -35,9 +35,9 @@ def plain_loop(model, train, held, embedding, steps=400, lr=0.2, validate_every=
         alpha = torch.sigmoid(theta)
 
         def edit(z, layer):
-            z = z.clone()
-            z[:, -1] = mix(z[:, -1], embedding[layer], alpha[layer])
-            return z
+            edited = z.clone()
+            edited[:, -1] = mix(z[:, -1], embedding[layer], alpha[layer])
+            return edited
 
         with rewrite(model, "z", edit):
             return cross_entropy(model.hf(prompt.tokens).logits[:, -1], prompt.first)
@@ -113,7 +113,9 @@ def main() -> None:
     print("| fit | best validation loss (mean, range) | seconds (mean) | speed-up |\n|---|---|---|---|")
     for label, losses, seconds in rows:
         low, high, spent = min(losses), max(losses), statistics.mean(seconds)
-        print(f"| {label} | {statistics.mean(losses):.4f} [{low:.4f}, {high:.4f}] | {spent:.2f} | {base / spent:.1f}x |")
+        print(
+            f"| {label} | {statistics.mean(losses):.4f} [{low:.4f}, {high:.4f}] | {spent:.2f} | {base / spent:.1f}x |"
+        )
     times, ratio = inference(model, task, embedding, select_heads(model, train, embedding, steps=20, progress=False))
     print(f"\n| 16 prompts, 10 new tokens, median of {REPEATS} | ms |\n|---|---|")
     for label, value in times.items():

@@ -66,11 +66,23 @@ def main() -> None:
             test[key], rest = task.split(min(TEST_ROWS, len(task) // 3), seed)
             held[key], train[key] = rest.split(min(50, len(rest) // 5), seed)
             embeddings[key] = task_embedding(
-                model, train[key], n_prompts=30, n_shots=min(arguments.shots, len(train[key]) - 1), seed=seed, progress=False
+                model,
+                train[key],
+                n_prompts=30,
+                n_shots=min(arguments.shots, len(train[key]) - 1),
+                seed=seed,
+                progress=False,
             )
     measured = time.perf_counter() - started
     found = select_heads(
-        model, train, embeddings, validation=held, steps=arguments.steps, batch_size=8, validate_every=20, progress=False
+        model,
+        train,
+        embeddings,
+        validation=held,
+        steps=arguments.steps,
+        batch_size=8,
+        validate_every=20,
+        progress=False,
     )
     fitted = time.perf_counter() - started - measured
     scores = {}
@@ -80,21 +92,29 @@ def main() -> None:
         shots = min(arguments.shots, len(train[key]))
         zero = test[key].prompts()
         scores[key, "zero-shot"] = score_answers(model, zero, **options)
-        scores[key, "few-shot"] = score_answers(model, train[key].prompts(shots, seed=seed, queries=test[key]), **options)
+        scores[key, "few-shot"] = score_answers(
+            model, train[key].prompts(shots, seed=seed, queries=test[key]), **options
+        )
         with inject(model, embeddings[key], found[key]):
             scores[key, "SITE"] = score_answers(model, zero, **options)
     report(model, tasks, arguments, scores, train)
-    print(f"\n{len(train)} embeddings in {measured:.1f} s, {len(train)} fits of {arguments.steps} steps in one backward: {fitted:.1f} s")
+    print(
+        f"\n{len(train)} embeddings in {measured:.1f} s, {len(train)} fits of {arguments.steps} steps in one backward: {fitted:.1f} s"
+    )
 
 
 def report(model, tasks, arguments, scores, train) -> None:
     methods = ("zero-shot", "few-shot", "SITE")
 
     def mean(name, method, metric):
-        runs = [getattr(scores[f"{name}/{seed}", method], metric).float().mean().item() for seed in range(arguments.seeds)]
+        runs = [
+            getattr(scores[f"{name}/{seed}", method], metric).float().mean().item() for seed in range(arguments.seeds)
+        ]
         return sum(runs) / len(runs)
 
-    print(f"{model.name}, {arguments.shots} shots, {arguments.seeds} seeds; first-token accuracy | exact match | answer NLL\n")
+    print(
+        f"{model.name}, {arguments.shots} shots, {arguments.seeds} seeds; first-token accuracy | exact match | answer NLL\n"
+    )
     print("| task | rows | " + " | ".join(methods) + " |\n|---|---|" + "---|" * len(methods))
     for name, task in tasks.items():
         cells = [" / ".join(f"{mean(name, m, metric):.2f}" for metric in ("first", "exact", "nll")) for m in methods]
@@ -104,7 +124,12 @@ def report(model, tasks, arguments, scores, train) -> None:
         cells = ["{:.3f} [{:.3f}, {:.3f}]".format(*bootstrap(values[m])) for m in methods]
         print(f"| **mean, {metric}** | | " + " | ".join(cells) + " |")
         difference = bootstrap(values["SITE"] - values["few-shot"])
-        print("\nSITE - few-shot, {}: {:+.3f} [{:+.3f}, {:+.3f}]\n".format(metric, *difference) if metric == "nll" else "", end="")
+        print(
+            "\nSITE - few-shot, {}: {:+.3f} [{:+.3f}, {:+.3f}]\n".format(metric, *difference)
+            if metric == "nll"
+            else "",
+            end="",
+        )
         if metric != "nll":
             print("| SITE - few-shot, {} | | | | {:+.3f} [{:+.3f}, {:+.3f}] |".format(metric, *difference))
 
