@@ -44,7 +44,7 @@ def directions(source: Any, model: Any = None, retain_graph: bool = False) -> Di
     )
 
 
-def gradients(loss: Tensor | Callable[[], Tensor], hf: Any, retain_graph: bool = False) -> Directions:
+def gradients(loss: Tensor | Callable[..., Any], hf: Any, retain_graph: bool = False) -> Directions:
     """Gradients with respect to every trainable parameter that the loss reaches; `.grad` is left alone."""
     if not isinstance(hf, nn.Module):
         raise ValueError("a loss is measured on its model: pass model= as well")
@@ -55,7 +55,7 @@ def gradients(loss: Tensor | Callable[[], Tensor], hf: Any, retain_graph: bool =
             f"expected a scalar loss with a graph, got {getattr(value, 'shape', type(value).__name__)}; do not detach it"
         )
     found = torch.autograd.grad(value, list(names), allow_unused=True, retain_graph=retain_graph)
-    reached = {name: g for name, g in zip(names.values(), found, strict=True) if g is not None}
+    reached: Directions = {name: g for name, g in zip(names.values(), found, strict=True) if g is not None}
     if not reached:
         raise ValueError(
             "the loss depends on no trainable parameter of this model; compute it with the model that is passed"

@@ -100,7 +100,9 @@ class Overlap:
 
     @classmethod
     def keys(cls) -> list[str]:
-        return [f.name for f in fields(cls)] + [name for name, value in vars(cls).items() if isinstance(value, property)]
+        return [f.name for f in fields(cls)] + [
+            name for name, value in vars(cls).items() if isinstance(value, property)
+        ]
 
 
 def overlap(
@@ -165,8 +167,9 @@ def direct_sum(parts: Sequence[Overlap]) -> Overlap:
         raise ValueError("nothing to add up: no block was measured there")
     squares = {name: math.sqrt(sum(getattr(p, name) ** 2 for p in parts)) for name in ("norm_f", "norm_g")}
     angles = {n: torch.cat([getattr(p, n) for p in parts]).sort().values for n in ("angles_left", "angles_right")}
-    added = (f.name for f in fields(Overlap) if f.name not in squares | angles)
-    return Overlap(**squares, **angles, **{name: sum(getattr(p, name) for p in parts) for name in added})
+    added = {f.name: sum(getattr(p, f.name) for p in parts) for f in fields(Overlap) if f.name not in squares | angles}
+    everything: dict[str, Any] = {**squares, **angles, **added}
+    return Overlap(**everything)
 
 
 def inner(A: Matrix, B: Matrix) -> float:

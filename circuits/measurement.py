@@ -111,12 +111,10 @@ class Interference:
                 f"{str(path)!r} does not hold an interference measurement; expected a file written by Interference.save"
             )
         angles = ("angles_left", "angles_right")
-        overlaps = {
-            name: Overlap(
-                **{key: torch.tensor(v, dtype=torch.float64) if key in angles else v for key, v in part.items()}
-            )
-            for name, part in content["overlaps"].items()
-        }
+        overlaps = {}
+        for name, part in content["overlaps"].items():
+            part |= {key: torch.tensor(part[key], dtype=torch.float64) for key in angles}
+            overlaps[name] = Overlap(**part)
         attribution = {name: torch.tensor(values) for name, values in content["attribution"].items()}
         return cls(overlaps, content["view"], attribution, tuple(content["skipped"]), content["model"])
 
@@ -156,7 +154,7 @@ def measure_interference(
         )
     measured = {canonical(b.parameter) for b in blocks}
     skipped = tuple(name for name in dict.fromkeys([*f, *g]) if name not in measured)
-    about = dict(view=view, skipped=skipped, model=getattr(model, "name", ""))
+    about: dict[str, Any] = dict(view=view, skipped=skipped, model=getattr(model, "name", ""))
     if view == "circuit":
         return Interference(_circuits(f, g, hf, blocks, K, rtol, progress), **about)
     parts = {}

@@ -6,7 +6,7 @@ matrices. A head owns rows of q, k and v and columns of o; under grouped-query a
 
 import re
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -35,7 +35,7 @@ class Block:
     def module(self) -> str:
         return "attn" if self.role in ("q", "k", "v", "o") else self.role
 
-    def take(self, value: Tensor | tuple[Tensor, Tensor]) -> Tensor | tuple[Tensor, Tensor]:
+    def take(self, value: Any) -> Any:
         """The block of a parameter-shaped tensor, or of its factors (left [out, r], right [r, in])."""
         if isinstance(value, tuple):
             return value[0][self.rows], value[1][:, self.columns]
@@ -114,7 +114,9 @@ def _attention(template: Block, anatomy: Anatomy, layer: int, size: int | None, 
             )
             block = replace(template, layer=layer, role=role, heads=served if size else ())
             ranges = [
-                (h * anatomy.d_head, (h + 1) * anatomy.d_head) if role == "o" else anatomy.qkv_range(h, role)
+                anatomy.qkv_range(h, role)
+                if role in ("q", "k", "v")
+                else (h * anatomy.d_head, (h + 1) * anatomy.d_head)
                 for h in members
             ]
             where = _joined(ranges)
@@ -136,13 +138,14 @@ def _weight_names(anatomy: Anatomy, layer: int, prefix: str) -> dict[str, tuple[
 
 def named_blocks(names: list[str]) -> list[Block]:
     """Whole matrices by name alone, for gradients or checkpoints that come without their model."""
-    roles = (("attn|attention", "o"), ("mlp|feed_forward|ffn", "mlp"))
+    unknown: Role = "other"
+    roles: dict[str, Role] = {"attn|attention": "o", "mlp|feed_forward|ffn": "mlp"}
     return [
         Block(
             name,
             name,
             layer=layer_of(name),
-            role=next((role for word, role in roles if re.search(word, name)), "other"),
+            role=next((role for word, role in roles.items() if re.search(word, name)), unknown),
         )
         for name in names
     ]

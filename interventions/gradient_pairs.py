@@ -122,7 +122,7 @@ def require_sound(pairs: Mapping[nn.Parameter, Pair], names: Mapping[nn.Paramete
         )
     for side in "fg":
         present = [(p, getattr(pair, side)) for p, pair in pairs.items() if getattr(pair, side) is not None]
-        if present and not torch.stack(torch._foreach_norm([g.float() for _, g in present])).isfinite().all():
+        if present and not torch.stack([torch.linalg.vector_norm(g.float()) for _, g in present]).isfinite().all():
             bad = [names[p] for p, g in present if not g.isfinite().all()]
             where = (
                 f"{', '.join(bad[:3])}{f' and {len(bad) - 3} more' if len(bad) > 3 else ''}"
@@ -145,7 +145,9 @@ def clip_(pairs: Mapping[nn.Parameter, Pair], limit: float | int) -> None:
         present = [getattr(pair, side) for pair in pairs.values() if getattr(pair, side) is not None]
         if present:
             norm = torch.stack([g.float().square().sum() for g in present]).sum().sqrt()
-            torch._foreach_mul_(present, float((limit / (norm + 1e-6)).clamp_max(1.0)))
+            factor = (limit / (norm + 1e-6)).clamp_max(1.0)
+            for gradient in present:
+                gradient.mul_(factor)
 
 
 def products(pairs: Mapping[nn.Parameter, Pair]) -> tuple[Tensor, Tensor, Tensor]:

@@ -13,7 +13,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from circuits.directions import Directions
 from circuits.interference import Matrix, shape_of, spectrum_of
 from circuits.progress import track
 from circuits.spectral import Spectrum, inverse_sqrt, wide
@@ -131,11 +130,11 @@ def _tsv(spectra: Sequence[Spectrum]) -> Spectrum:
 def _added(parts: Sequence[Matrix], mean: bool) -> Matrix:
     """Sum or mean; sums of factors are concatenations."""
     share = 1 / len(parts) if mean else 1.0
-    if isinstance(parts[0], tuple):
-        return torch.cat([share * wide(left) for left, _ in parts], 1), torch.cat(
-            [wide(right) for _, right in parts], 0
-        )
-    return share * torch.stack([wide(part) for part in parts]).sum(0)
+    factors = [part for part in parts if isinstance(part, tuple)]
+    if factors:
+        left, right = ([wide(factor[side]) for factor in factors] for side in (0, 1))
+        return share * torch.cat(left, 1), torch.cat(right, 0)
+    return share * torch.stack([wide(_dense(part)) for part in parts]).sum(0)
 
 
 def _threshold(delta: Mapping[str, Matrix], density: float | int) -> float:
@@ -178,7 +177,7 @@ def _validated(deltas: Sequence[Mapping[str, Matrix]], method: str, spectrum: st
     return names
 
 
-def _tied(deltas: Sequence[Directions], names: Sequence[str]) -> dict[str, str]:
+def _tied(deltas: Sequence[Mapping[str, Matrix]], names: Sequence[str]) -> dict[str, str]:
     """Parameters that are one tensor under two names (equal, and not all zero, in every task)."""
     first: dict[tuple, str] = {}
     tied = {}

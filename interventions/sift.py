@@ -20,12 +20,13 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from circuits.interference import default_rank
-from circuits.partition import Block, partition
+from circuits.partition import Block
 from circuits.spectral import OVERSAMPLING, Spectrum, inverse_sqrt, subspace_iteration, truncated_svd
 
 from . import muon
 from .controls import adamw_update, blur, pcgrad
 from .gradient_pairs import Pair, clear, clip_, collect, gather, require_sound, synchronize
+from .trainable import blocks_of, masks_of, unwrapped
 
 CONTROLS = ("sift", "sum", "topk", "pcgrad", "blur", "random-gate")
 
@@ -61,6 +62,15 @@ class Gate(NamedTuple):
     K: int
     cosine: float | None  # None where one objective does not reach the block
     controlled: bool
+
+
+class Work(NamedTuple):
+    """One block's directions in this step."""
+
+    parameter: nn.Parameter
+    block: Block
+    f: Float[Tensor, "m n"]
+    g: Float[Tensor, "m n"]
 
 
 class SIFT(torch.optim.Optimizer):
@@ -106,7 +116,7 @@ class SIFT(torch.optim.Optimizer):
         hf = unwrapped(model)
         self.names = {p: name for name, p in hf.named_parameters() if p.requires_grad}
         self.masks = masks_of(mask, self.names)
-        self.blocks = self._blocks(hf, blocks)
+        self.blocks = blocks_of(hf, self.names, self.masks, blocks)
         self.last: list[Gate] = []
         shared = dict(
             control=control, K=K, epsilon=epsilon, clip=clip, blur_weight=blur_weight, rtol=rtol, seed=seed, steps=0
@@ -131,22 +141,6 @@ class SIFT(torch.optim.Optimizer):
             },
         ]
         super().__init__([group for group in groups if group["params"]], {})
-
-    def _blocks(self, hf: nn.Module, blocks: str | int) -> dict[nn.Parameter, list[Block]]:
-        """Per matrix parameter, its blocks cut down to what the mask lets move."""
-        size = {"matrix": None, "head": 1}.get(blocks, blocks) if isinstance(blocks, str) else blocks
-        if isinstance(size, str):
-            raise ValueError(f"blocks={blocks!r}; expected 'matrix', 'head' or a number of heads per block")
-        by_name = {name: p for p, name in self.names.items()}
-        found: dict[nn.Parameter, list[Block]] = {}
-        for block in partition(hf, size):
-            parameter = by_name.get(block.parameter)
-            if parameter is None or (self.masks is not None and parameter not in self.masks):
-                continue
-            kept = block if self.masks is None else block.restricted(self.masks[parameter])
-            if kept is not None:
-                found.setdefault(parameter, []).append(kept)
-        return found
 
     def routes(self) -> dict[str, str]:
         """Parameter name -> 'muon' or 'adamw', for everything that may move."""
@@ -214,45 +208,45 @@ class SIFT(torch.optim.Optimizer):
         return None if self.masks is None else self.masks[parameter]
 
     def _move_matrices(self, group: dict[str, Any], pairs: Mapping[nn.Parameter, Pair]) -> None:
-        work: list[tuple[nn.Parameter, Block, Tensor, Tensor]] = []
+        work: list[Work] = []
         for parameter in group["params"]:
             if parameter not in pairs:
                 continue
             state, directions = self.state[parameter], []
             for side, gradient in zip("fg", pairs[parameter], strict=True):
-                buffer = state.setdefault(f"momentum_{side}", torch.zeros_like(parameter, dtype=torch.float32))
+                if f"momentum_{side}" not in state:
+                    state[f"momentum_{side}"] = torch.zeros_like(parameter, dtype=torch.float32)
+                buffer = state[f"momentum_{side}"]
                 gradient = torch.zeros_like(buffer) if gradient is None else gradient.float()
                 directions.append(muon.momentum_update(gradient, buffer, group["momentum"]))
             mask = self._mask(parameter)
             shrink = group["lr"] * group["weight_decay"]
             parameter.mul_(1 - shrink if mask is None else 1 - shrink * mask.to(parameter.dtype))
-            work += [(parameter, b, *(b.take(d) for d in directions)) for b in self.blocks[parameter]]
+            work += [Work(parameter, b, *(b.take(d) for d in directions)) for b in self.blocks[parameter]]
         self.last = self._gates(group, work)
         buckets: dict[tuple, list[int]] = {}
-        for index, (gate, (parameter, block, M_f, _)) in enumerate(zip(self.last, work, strict=True)):
-            warm = gate.controlled and f"basis {block.name}" in self.state[parameter]
-            buckets.setdefault((gate.controlled, gate.K, warm, M_f.shape, M_f.device), []).append(index)
+        for index, (gate, item) in enumerate(zip(self.last, work, strict=True)):
+            warm = gate.controlled and f"basis {item.block.name}" in self.state[item.parameter]
+            buckets.setdefault((gate.controlled, gate.K, warm, item.f.shape, item.f.device), []).append(index)
         for (controlled, K, _, shape, _), members in buckets.items():
-            M_f, M_g = (torch.stack([work[i][side] for i in members]) for side in (2, 3))
-            D = (
-                self._controlled(group, K, M_f, M_g, [work[i][:2] for i in members])
-                if controlled
-                else muon.orthogonalize(M_f + M_g)
-            )
+            bucket = [work[i] for i in members]
+            M_f, M_g = torch.stack([item.f for item in bucket]), torch.stack([item.g for item in bucket])
+            D = self._controlled(group, K, M_f, M_g, bucket) if controlled else muon.orthogonalize(M_f + M_g)
             scale = group["lr"] * muon.adjustment(*shape, group["adjust"])
-            for update, i in zip(D, members, strict=True):
-                parameter, block = work[i][:2]
+            for update, (parameter, block, *_) in zip(D.unbind(), bucket, strict=True):
                 mask = self._mask(parameter)
                 block.add_(parameter, update if mask is None else update * block.take(mask), alpha=-scale)
 
-    def _gates(self, group: dict[str, Any], work: list[tuple[nn.Parameter, Block, Tensor, Tensor]]) -> list[Gate]:
+    def _gates(self, group: dict[str, Any], work: list[Work]) -> list[Gate]:
         """Cosines of all blocks with one transfer to the host. A block that one objective does not reach is not controlled."""
         if not work:
             return []
-        dots = torch.stack([torch.stack([(f * g).sum(), f.square().sum(), g.square().sum()]) for _, _, f, g in work])
+        products = [torch.stack([(f * g).sum(), f.square().sum(), g.square().sum()]) for _, _, f, g in work]
         ranks = [min(f.shape) for _, _, f, _ in work]
         K = [min(default_rank(r, r) if group["K"] is None else group["K"], r // 2) for r in ranks]
-        cosines = [fg / (ff * gg) ** 0.5 if min(ff, gg) > 1e-40 else None for fg, ff, gg in dots.double().tolist()]
+        cosines = [
+            fg / (ff * gg) ** 0.5 if min(ff, gg) > 1e-40 else None for fg, ff, gg in torch.stack(products).tolist()
+        ]
         gated = group["control"] in ("sift", "topk", "random-gate")
         chosen = [gated and k > 0 and a is not None and a < group["epsilon"] for a, k in zip(cosines, K, strict=True)]
         if group["control"] == "random-gate":
@@ -262,13 +256,13 @@ class SIFT(torch.optim.Optimizer):
         return [Gate(b, k, a, c) for (_, b, _, _), k, a, c in zip(work, K, cosines, chosen, strict=True)]
 
     def _controlled(
-        self, group: dict[str, Any], K: int, M_f: Tensor, M_g: Tensor, places: list[tuple[nn.Parameter, Block]]
+        self, group: dict[str, Any], K: int, M_f: Tensor, M_g: Tensor, bucket: list[Work]
     ) -> Float[Tensor, "block m n"]:
         """A bucket of controlled blocks. Large ones continue subspace iteration from their last controlled step."""
         if 4 * (K + OVERSAMPLING) > min(M_f.shape[-2:]):
             spectra = [Spectrum(*(part.float() for part in truncated_svd(M, K))) for M in (M_f, M_g)]
         else:
-            states = [(self.state[p], f"basis {b.name}") for p, b in places]
+            states = [(self.state[p], f"basis {b.name}") for p, b, *_ in bucket]
             warm = states[0][1] in states[0][0]
             starts = [torch.stack([s[key][side] for s, key in states]) if warm else None for side in (0, 1)]
             results = [
@@ -293,34 +287,3 @@ class SIFT(torch.optim.Optimizer):
             for key, value in state_dict["state"].get(index, {}).items():
                 moved = value.to(parameter.device).clone() if isinstance(value, Tensor) else value
                 self.state[parameter][key] = moved
-
-
-def unwrapped(model: Any) -> nn.Module:
-    """The trainable module: inside `load()`'s Model, or inside DistributedDataParallel."""
-    hf = getattr(model, "hf", model)
-    hf = hf.module if isinstance(hf, nn.parallel.DistributedDataParallel) else hf
-    if not isinstance(hf, nn.Module):
-        raise TypeError(f"expected a model (load(...), model.hf or an nn.Module), got {type(model).__name__}")
-    return hf
-
-
-def masks_of(mask: Any, names: Mapping[nn.Parameter, str]) -> dict[nn.Parameter, Tensor] | None:
-    """The mask by parameter, on the parameter's device, without parameters that may not move at all."""
-    if mask is None:
-        return None
-    tensors = mask.tensors() if hasattr(mask, "tensors") else mask
-    by_name = {name: p for p, name in names.items()}
-    unknown = sorted(set(tensors) - set(by_name))
-    if unknown:
-        raise ValueError(
-            f"the mask names {', '.join(unknown[:3])}, which this model does not train; use a mask made for this model"
-        )
-    for name, part in tensors.items():
-        if part.shape != by_name[name].shape:
-            raise ValueError(
-                f"mask of {name} has shape {tuple(part.shape)}, the parameter {tuple(by_name[name].shape)}; remake the mask"
-            )
-    kept = {by_name[n]: part.bool().to(by_name[n].device) for n, part in tensors.items() if part.any()}
-    if not kept:
-        raise ValueError("the mask lets nothing move; give it at least one head")
-    return kept

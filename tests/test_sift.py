@@ -467,7 +467,14 @@ def test_two_processes_take_the_step_of_one(tmp_path):
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     env = {**os.environ, "PYTHONPATH": f"{tests}:{tests.parent}", "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    launch = ["-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={port}", str(script), str(tmp_path / "two.pt")]
+    launch = [
+        "-m",
+        "torch.distributed.run",
+        "--nproc_per_node=2",
+        f"--master_port={port}",
+        str(script),
+        str(tmp_path / "two.pt"),
+    ]
     done = subprocess.run([sys.executable, *launch], env=env, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr[-2000:]
     hf = tiny("llama").double()
