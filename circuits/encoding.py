@@ -49,6 +49,13 @@ class Encoded:
         chosen = {name: getattr(self, name)[index] for name in names}
         return replace(self, **chosen, corrupted=None if self.corrupted is None else self.corrupted.select(index))
 
+    def trimmed(self) -> "Encoded":
+        """Without the columns that are padding in every row, on whichever side they are. The corrupted twins are dropped."""
+        used = self.attention_mask.any(0).nonzero().flatten()
+        first, last = int(used[0]), int(used[-1]) + 1
+        tokens, mask = self.tokens[:, first:last], self.attention_mask[:, first:last]
+        return replace(self, tokens=tokens, attention_mask=mask, readout=self.readout - first, corrupted=None)
+
     def batches(self, size: int) -> Iterator["Encoded"]:
         """Consecutive batches of at most `size` examples."""
         for start in range(0, len(self), size):
@@ -102,12 +109,14 @@ def evaluate(model: "Model", task: "Task", batch_size: int | None = None, progre
 
     encoded = task.encode(model)
     size = batch_size or batch_size_for(model, encoded.tokens.shape[1])
-    predictions, margins = [], []
-    for batch in track(encoded.batches(size), "evaluate", -(-len(encoded) // size), progress):
+    predicted, margins = torch.zeros_like(encoded.gold), torch.zeros(len(encoded))
+    # Texts of similar length share a batch, which saves most of the padding.
+    order = encoded.attention_mask.sum(1).argsort(stable=True)
+    for rows in track(order.split(min(size, 32)), "evaluate", enabled=progress):
+        batch = encoded.select(rows).trimmed()
         logits = model.logits(batch.tokens, batch.attention_mask, batch.readout, batch.columns).float().cpu()
-        predictions.append(batch.predict(logits))
-        margins.append(batch.margin(logits))
-    predicted = torch.cat(predictions)
+        predicted[rows] = batch.predict(logits)
+        margins[rows] = batch.margin(logits)
     accuracy = (predicted == encoded.gold).double().mean().item()
     f1 = f1_score(encoded.gold.numpy(), predicted.numpy(), average="macro")
-    return Evaluation(accuracy, float(f1), torch.cat(margins), predicted, encoded.gold, task.name)
+    return Evaluation(accuracy, float(f1), margins, predicted, encoded.gold, task.name)

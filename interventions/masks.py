@@ -19,7 +19,7 @@ from torch import Tensor
 
 from circuits import files
 from circuits.anatomy import KV, Anatomy, Slice
-from circuits.heads import Circuit, Head
+from circuits.heads import Circuit, Head, HeadScores
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -92,6 +92,29 @@ class HeadMask:
             model=model.name,
             provenance=dict(circuit.provenance),
         )
+
+    @classmethod
+    def avoiding(
+        cls,
+        circuit: Circuit,
+        kept_task: Any,
+        model: Any,
+        *,
+        budget: int,
+        target_task: Any = None,
+        interference: HeadScores | None = None,
+        step: float = 1e-2,
+        **policy: Any,
+    ) -> "HeadMask":
+        """The mask of the `budget` heads of `circuit` that disturb `kept_task` least, by the rule of `avoiding.py`.
+
+        Give `target_task` (the rule is estimated from gradients) or `interference` (measured per head, lower is better).
+        `policy` goes to `from_circuit`.
+        """
+        from .avoiding import least_disturbing
+
+        chosen = least_disturbing(circuit, kept_task, model, target_task, budget, interference, step)
+        return cls.from_circuit(chosen, model, **policy)
 
     @cached_property
     def n_parameters(self) -> int:

@@ -32,21 +32,11 @@ Loss = Literal["labels", "vocabulary"]
 
 def readout_loss(model: Any, encoded: Any, rows: Int[Tensor, " row"], loss: Loss | str = "labels") -> Float[Tensor, ""]:
     """Step 2: cross-entropy of the gold label of some examples, read where the task reads it."""
-    tokens, mask, readout = trim(encoded.tokens[rows], encoded.attention_mask[rows], encoded.readout[rows])
-    gold = encoded.gold[rows]
-    columns = encoded.columns if loss == "labels" else None
-    logits = model.logits(tokens, mask, readout, columns).float()
-    target = gold if loss == "labels" else encoded.columns[gold]
+    batch = encoded.select(rows).trimmed()
+    columns = batch.columns if loss == "labels" else None
+    logits = model.logits(batch.tokens, batch.attention_mask, batch.readout, columns).float()
+    target = batch.gold if loss == "labels" else batch.columns[batch.gold]
     return functional.cross_entropy(logits, target.to(logits.device))
-
-
-def trim(
-    tokens: Int[Tensor, "row pos"], mask: Int[Tensor, "row pos"], readout: Int[Tensor, " row"]
-) -> tuple[Int[Tensor, "row short"], Int[Tensor, "row short"], Int[Tensor, " row"]]:
-    """Without the columns that are padding in every row, on whichever side they are."""
-    used = mask.any(0).nonzero().flatten()
-    first, last = int(used[0]), int(used[-1]) + 1
-    return tokens[:, first:last], mask[:, first:last], readout - first
 
 
 @dataclass(frozen=True)
@@ -54,9 +44,10 @@ class Tuning:
     """What `finetune` did. Prints as a table; `to_dict()` is JSON."""
 
     task: str
-    # {task name: {"accuracy": ..., "macro_f1": ..., "n": ...}}; the target first.
+    # {task name: {"accuracy": ..., "macro_f1": ..., "n": ...}}
     before: dict[str, dict[str, int | float]]
     after: dict[str, dict[str, int | float]]
+    # Per epoch: mean training loss and, with `validation`, its figures; epoch 0 is the start.
     history: list[dict[str, int | float]]
     trained: int
     moved: int
@@ -120,6 +111,8 @@ def finetune(
         optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=weight_decay)
         history: list[dict[str, int | float]] = []
         best = Best(model, validation, parameters)
+        if validation is not None:
+            history.append({"epoch": 0, **best.see(0)})
         generator = torch.Generator().manual_seed(seed)
         for epoch in track(range(1, epochs + 1), f"tuning on {task.name}", enabled=progress):
             order = torch.randperm(len(encoded.gold), generator=generator)
@@ -173,7 +166,6 @@ class Best:
     def __init__(self, model: Any, validation: Any, parameters: list[nn.Parameter]):
         self.model, self.validation, self.parameters = model, validation, parameters
         self.score, self.epoch, self.values = (-1.0, -1.0), None, None
-        self.see(0)
 
     def see(self, epoch: int) -> dict[str, float]:
         if self.validation is None:

@@ -271,3 +271,13 @@ def test_real_text_on_a_real_model(shared):
 def test_a_circuit_of_another_model_is_refused():
     with pytest.raises(ValueError, match="the model has layers 0-2 and heads 0-3; use a circuit found on this model"):
         Circuit(["a5.h1"]).check(3, 4)
+
+
+def test_trimmed_drops_padding_on_either_side_and_moves_the_readout():
+    from circuits.encoding import Encoded
+
+    mask = torch.tensor([[0, 0, 1, 1, 0], [0, 1, 1, 0, 0]])
+    rest = (torch.tensor([3, 2]), torch.tensor([0]), torch.ones(2, 1), torch.zeros(2).long(), torch.zeros(2).long())
+    short = Encoded(torch.arange(10).view(2, 5), mask, *rest).trimmed()
+    assert short.tokens.tolist() == [[1, 2, 3], [6, 7, 8]] and short.readout.tolist() == [2, 1]
+    assert short.attention_mask.tolist() == [[0, 1, 1], [1, 1, 0]]

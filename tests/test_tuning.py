@@ -5,7 +5,7 @@ import torch
 
 from circuits import Circuit, LabelledTask, evaluate, load
 from interventions.masks import HeadMask
-from interventions.tuning import finetune, readout_loss, trim
+from interventions.tuning import finetune, readout_loss
 
 from models import tiny
 
@@ -96,12 +96,6 @@ def test_loss_is_the_cross_entropy_one_text_at_a_time(side):
         torch.testing.assert_close(readout_loss(model, encoded, rows, loss), torch.stack(one_by_one).mean())
 
 
-def test_trim_drops_padding_on_either_side():
-    mask = torch.tensor([[0, 0, 1, 1, 0], [0, 1, 1, 0, 0]])
-    tokens, short, readout = trim(torch.arange(10).view(2, 5), mask, torch.tensor([3, 2]))
-    assert tokens.tolist() == [[1, 2, 3], [6, 7, 8]] and short.shape == (2, 3) and readout.tolist() == [2, 1]
-
-
 def test_seeds_repeat_and_the_global_generator_is_left_alone():
     results, state = [], torch.random.get_rng_state()
     for seed in (3, 3, 4):
@@ -122,7 +116,7 @@ def test_validation_keeps_the_best_epoch_and_may_keep_the_start():
     result = finetune(model, toy(flip=True), epochs=8, lr=3e-3, validation=toy(flip=True), progress=False)
     kept = result.options["kept_epoch"]
     best = max(row["validation_accuracy"] for row in result.history)
-    assert kept > 0 and result.history[kept - 1]["validation_accuracy"] == best
+    assert kept > 0 and result.history[kept]["validation_accuracy"] == best
     assert evaluate(model, toy(flip=True)).accuracy == best
 
 

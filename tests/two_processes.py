@@ -1,0 +1,30 @@
+"""Run by test_dropin.py under `accelerate launch`: DDP or FSDP2 as the launcher says; writes every rank's final weights."""
+
+import sys
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from safetensors.torch import save_file
+from test_dropin import collate, rows, setting
+
+from interventions.restriction import gathered, restrict
+
+accelerator = Accelerator()
+model, mask = setting()
+with restrict(model, mask) as restricted:
+    optimizer = torch.optim.AdamW(restricted.parameters(), lr=1e-2, weight_decay=0.1)
+    hf, optimizer = accelerator.prepare(model.hf, optimizer)
+    sharded = sum(hasattr(parameter, "full_tensor") for parameter in hf.parameters())
+    print(f"{sharded} sharded of {sum(1 for _ in hf.parameters())}", flush=True)
+    for step in range(3):
+        rank = accelerator.process_index
+        batch = collate(rows(8, seed=step)[2 * rank : 2 * rank + 2])
+        accelerator.backward(hf(**batch).loss)
+        optimizer.step()
+        optimizer.zero_grad()
+print(restricted.proof(), flush=True)
+save_file(
+    {name: gathered(p.detach()).contiguous() for name, p in accelerator.unwrap_model(hf).named_parameters()},
+    Path(sys.argv[1]) / f"rank{accelerator.process_index}.safetensors",
+)
