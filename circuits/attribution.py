@@ -218,7 +218,9 @@ def reference_activations(
 
 def _check_twins(encoded: Encoded) -> None:
     if encoded.corrupted is None:
-        raise ValueError("ablate='resample' needs corrupted twins; give every row a 'corrupted' prompt, or ablate='mean'")
+        raise ValueError(
+            "ablate='resample' needs corrupted twins; give every row a 'corrupted' prompt, or ablate='mean'"
+        )
     if not torch.equal(encoded.attention_mask, encoded.corrupted.attention_mask):
         unequal = (encoded.attention_mask.sum(1) != encoded.corrupted.attention_mask.sum(1)).nonzero()[:, 0].tolist()
         raise ValueError(

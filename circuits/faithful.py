@@ -135,7 +135,9 @@ class FaithfulnessCurve:
 
         rows = self.rows()
         title = f"faithfulness: {self.meta.get('method')}, {self.meta.get('task')}, n={len(self.full)}"
-        cells = [["" if v is None else f"{v:.2f}" if isinstance(v, float) else str(v) for v in r.values()] for r in rows]
+        cells = [
+            ["" if v is None else f"{v:.2f}" if isinstance(v, float) else str(v) for v in r.values()] for r in rows
+        ]
         return table_html(title, list(rows[0]), cells)
 
     def save(self, stem: str | Path) -> Path:

@@ -35,7 +35,9 @@ def demo(
     target = pocket.sentiment_task(language, "train").split(n, seed=seed)[0]
     evals = {language: pocket.sentiment_task(language, "test"), "english": pocket.sentiment_task("english", "test")}
     held = evals["english"].split(200, seed=seed)[0]
-    found = find(model, pocket.sentiment_task("english", "train"), held, method='ablation', heads=HEADS, seed=seed, quiet=json_)
+    found = find(
+        model, pocket.sentiment_task("english", "train"), held, method="ablation", heads=HEADS, seed=seed, quiet=json_
+    )
     masks = _arms(model, found.circuit)
     results = {}
     for arm in ("full", "norms", "circuit"):  # the circuit last: its weights are saved
@@ -62,4 +64,8 @@ def _arms(model, circuit):
     from interventions import HeadMask
 
     empty = Circuit([], model.anatomy.n_layers, model.anatomy.n_heads)
-    return {"circuit": HeadMask.from_circuit(circuit, model), "norms": HeadMask.from_circuit(empty, model), "full": None}
+    return {
+        "circuit": HeadMask.from_circuit(circuit, model),
+        "norms": HeadMask.from_circuit(empty, model),
+        "full": None,
+    }

@@ -31,20 +31,28 @@ def discover(
     out: Annotated[Path, typer.Option(help="Folder to write: scores, circuit, curve, report.html.")],
     text: Annotated[str, typer.Option(help="Column with the text.")] = "text",
     label: Annotated[str, typer.Option(help="Column with the label.")] = "label",
-    template: Annotated[str | None, typer.Option(help="Prompt around the text, e.g. '{text} | sentiment:{label}'.")] = None,
+    template: Annotated[
+        str | None, typer.Option(help="Prompt around the text, e.g. '{text} | sentiment:{label}'.")
+    ] = None,
     label_words: Annotated[
         str | None, typer.Option(help="One-token word of each label: 'positive= good,negative= bad'.")
     ] = None,
     method: Annotated[str, typer.Option(help=f"How heads are scored: {', '.join(METHODS)}.")] = "relevance",
     depth: Annotated[int, typer.Option(help="Backward steps of the relevance circuit (CT-SFT).")] = 2,
     per_depth: Annotated[float, typer.Option(help="Share of all heads kept at each depth.")] = 0.02,
-    heads: Annotated[int | None, typer.Option(help="Take the top so many heads instead of the backward circuit.")] = None,
+    heads: Annotated[
+        int | None, typer.Option(help="Take the top so many heads instead of the backward circuit.")
+    ] = None,
     examples: Annotated[int, typer.Option(help="Correct, label-balanced examples to score on.")] = 50,
     holdout: Annotated[float, typer.Option(help="Share of the rows kept aside for faithfulness.")] = 0.2,
-    competence: Annotated[int, typer.Option(help="Fine-tune on so many rows first, if the model cannot do the task.")] = 0,
+    competence: Annotated[
+        int, typer.Option(help="Fine-tune on so many rows first, if the model cannot do the task.")
+    ] = 0,
     competence_epochs: Annotated[int, typer.Option(help="Epochs of competence tuning.")] = 5,
     competence_lr: Annotated[float, typer.Option(help="Learning rate of competence tuning.")] = 5e-5,
-    ablate: Annotated[str, typer.Option(help="Faithfulness: mean, zero or resample (paired data with twins).")] = "mean",
+    ablate: Annotated[
+        str, typer.Option(help="Faithfulness: mean, zero or resample (paired data with twins).")
+    ] = "mean",
     controls: Annotated[int, typer.Option(help="Matched-random circuits per size.")] = 10,
     max_length: Annotated[int | None, typer.Option(help="Longest prompt in tokens.")] = None,
     truncate: Annotated[bool, typer.Option(help="Cut longer texts instead of refusing them.")] = False,

@@ -173,7 +173,14 @@ def _arms(arms: str) -> list[str]:
 
 
 def _mask(
-    arm: str, model: "Model", from_: Path | None, circuit: Path | None, mask: Path | None, kv: str, norms: str, seed: int
+    arm: str,
+    model: "Model",
+    from_: Path | None,
+    circuit: Path | None,
+    mask: Path | None,
+    kv: str,
+    norms: str,
+    seed: int,
 ) -> Any:
     """The HeadMask of an arm; None trains everything."""
     from circuits import Circuit

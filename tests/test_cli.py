@@ -54,7 +54,14 @@ def test_discover_then_tune_then_report(rows, tmp_path, monkeypatch, capsys):
     assert len(result["circuit"]) == 4 and result["accuracy"] > 0.6
     assert result["faithfulness"][-1]["faithfulness"] == pytest.approx(1, abs=1e-5)
     files = {path.name for path in found.iterdir()}
-    assert {"scores.safetensors", "scores.json", "circuit.json", "faithfulness.json", "run.json", "report.html"} <= files
+    assert {
+        "scores.safetensors",
+        "scores.json",
+        "circuit.json",
+        "faithfulness.json",
+        "run.json",
+        "report.html",
+    } <= files
 
     tuned = tmp_path / "tuned"
     evals = ["--eval", f"english={rows / 'english-test.csv'}"]
@@ -71,7 +78,10 @@ def test_discover_then_tune_then_report(rows, tmp_path, monkeypatch, capsys):
 
     mask = HeadMask.load(tuned / "mask", load("pocket"))
     assert [str(head) for head in mask.circuit] == result["circuit"]
-    before, after = load("pocket").hf.state_dict(), AutoModelForCausalLM.from_pretrained(tuned / "checkpoint").state_dict()
+    before, after = (
+        load("pocket").hf.state_dict(),
+        AutoModelForCausalLM.from_pretrained(tuned / "checkpoint").state_dict(),
+    )
     moves, moved = mask.tensors(), 0
     for name, value in before.items():
         changed = value != after[name].to(value)
@@ -79,7 +89,9 @@ def test_discover_then_tune_then_report(rows, tmp_path, monkeypatch, capsys):
         moved += int(changed.sum())
     assert moved > 0
 
-    code, out, _ = luthier(monkeypatch, capsys, "report", tuned, "--out", tmp_path / "page.html", "--title", "<i>mine</i>")
+    code, out, _ = luthier(
+        monkeypatch, capsys, "report", tuned, "--out", tmp_path / "page.html", "--title", "<i>mine</i>"
+    )
     page = (tmp_path / "page.html").read_text()
     assert code == 0 and "page.html" in out
     assert "&lt;i&gt;mine&lt;/i&gt;" in page and "luthier tune --from" in page and "values that may move" in page
@@ -103,11 +115,20 @@ def bad(rows):
     out = ["--out", rows / "never"]
     return {
         "no such file": (["discover", "--model", "pocket", "--data", rows / "no.csv", *out], "no.csv"),
-        "wrong column": (["discover", "--model", "pocket", "--data", rows / "english-train.csv", *out], "no column 'text'"),
+        "wrong column": (
+            ["discover", "--model", "pocket", "--data", rows / "english-train.csv", *out],
+            "no column 'text'",
+        ),
         "unknown model": (["discover", *good, "--model", "./nowhere", *out], "no model directory './nowhere'"),
-        "unknown method": (["discover", *good, "--method", "magic", *out], "--method 'magic'; expected one of relevance"),
+        "unknown method": (
+            ["discover", *good, "--method", "magic", *out],
+            "--method 'magic'; expected one of relevance",
+        ),
         "label words": (["discover", *good, "--label-words", "good,bad", *out], "expected name=value"),
-        "two tokens": (["discover", *good, "--label-words", "good= goodness me,bad= bad,fair= fair", *out], "not one token"),
+        "two tokens": (
+            ["discover", *good, "--label-words", "good= goodness me,bad= bad,fair= fair", *out],
+            "not one token",
+        ),
         "no start": (["tune", "--data", rows / "nuri-train.csv", *out], "nothing to start from"),
         "no run": (["tune", "--from", rows, "--data", rows / "nuri-train.csv", *out], "no run.json in"),
         "no folder": (["report", rows / "nothing"], "no folder"),
@@ -130,7 +151,15 @@ def test_bad_input_is_one_line_and_exit_two(case, rows, monkeypatch, capsys):
 def test_empty_data(tmp_path, monkeypatch, capsys):
     (tmp_path / "empty.csv").write_text("text,label\n")
     code, _, err = luthier(
-        monkeypatch, capsys, "discover", "--model", "pocket", "--data", tmp_path / "empty.csv", "--out", tmp_path / "out"
+        monkeypatch,
+        capsys,
+        "discover",
+        "--model",
+        "pocket",
+        "--data",
+        tmp_path / "empty.csv",
+        "--out",
+        tmp_path / "out",
     )
     assert code == 2 and "expected a header and at least one row" in err
     assert not (tmp_path / "out").exists()

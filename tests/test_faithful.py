@@ -132,7 +132,11 @@ def test_reads_well(curve):
     [
         (Circuit([Head(7, 0)]), {}, "a7.h0"),
         (Circuit([Head(0, 0)]), {"sizes": [1]}, "a Circuit is measured at its own size"),
-        (HeadScores(torch.zeros(2, 2), "x"), {}, r"scores are for \(2, 2\) layers x heads; LlamaForCausalLM has \(3, 4\)"),
+        (
+            HeadScores(torch.zeros(2, 2), "x"),
+            {},
+            r"scores are for \(2, 2\) layers x heads; LlamaForCausalLM has \(3, 4\)",
+        ),
         (HeadScores(torch.zeros(3, 4), "x"), {"sizes": [13]}, "expected numbers of heads from 0 to 12"),
         (HeadScores(torch.zeros(3, 4), "x"), {"ablate": "knockout"}, "ablate='knockout'"),
     ],

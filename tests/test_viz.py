@@ -113,10 +113,12 @@ def test_training_draws_an_arrow_per_arm():
 
 
 def test_report_is_one_file_without_network(tmp_path):
-    page = report(tmp_path / "r.html", {"One": [heatmap(scores()), "words", [{"a": 1.5, "b": None}]]}, command="luthier x")
+    page = report(
+        tmp_path / "r.html", {"One": [heatmap(scores()), "words", [{"a": 1.5, "b": None}]]}, command="luthier x"
+    )
     text = page.read_text()
     assert not re.findall(r"<(?:script|link|img)[^>]*(?:src|href)=", text)
-    assert "Plotly" in text and "luthier x" in text and "<td class=\"number\">1.500</td>" in text
+    assert "Plotly" in text and "luthier x" in text and '<td class="number">1.500</td>' in text
     stored = text.split('id="figures">')[1].split("</script>")[0]
     (figure,) = json.loads(stored)
     assert figure["data"][0]["type"] == "heatmap"

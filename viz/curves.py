@@ -11,9 +11,7 @@ from circuits import FaithfulnessCurve
 from . import theme
 
 
-def faithful(
-    curves: FaithfulnessCurve | Mapping[str, FaithfulnessCurve], *, title: str | None = None
-) -> go.Figure:
+def faithful(curves: FaithfulnessCurve | Mapping[str, FaithfulnessCurve], *, title: str | None = None) -> go.Figure:
     """Faithfulness against circuit size with its 95 % interval, the matched-random band and the near-zero control.
 
     Several curves are drawn together; the controls are those of the first. Buttons switch to accuracy.
@@ -33,7 +31,9 @@ def faithful(
     for trace in figure.data[half:]:
         trace.visible = False
     meta = first.meta
-    about = theme.describe(meta.get("model"), meta.get("task"), f"n={len(first.full)}", f"{meta.get('ablate')} ablation")
+    about = theme.describe(
+        meta.get("model"), meta.get("task"), f"n={len(first.full)}", f"{meta.get('ablate')} ablation"
+    )
     theme.apply(figure, title or "Behaviour kept when every other head is ablated", about)
     sizes = sorted({int(size) for curve in named.values() for size in curve.sizes})
     figure.update_xaxes(title="heads kept", type="category", categoryarray=[str(s) for s in sizes])
@@ -124,7 +124,9 @@ def training(
     n = next(iter(arms.values()))["after"][target]["n"]
     theme.apply(figure, title or "Gained on the target, kept elsewhere", f"arrows run from before to after · n={n:.0f}")
     figure.update_yaxes(title=f"accuracy on {theme.clean(target)} (target)")
-    figure.update_xaxes(title=f"accuracy on {theme.clean(kept)} (to be kept)" if kept else "", showgrid=kept is not None)
+    figure.update_xaxes(
+        title=f"accuracy on {theme.clean(kept)} (to be kept)" if kept else "", showgrid=kept is not None
+    )
     return figure
 
 
@@ -143,7 +145,9 @@ def _arrow(name: str, arm: Mapping[str, Any], target: str, kept: str | None, col
         line={"color": colour, "width": 2.5},
         marker={"size": [7, 14], "symbol": ["circle-open", "arrow"], "angleref": "previous"},
         error_y={**whisker, "array": [_error(value, goal["n"]) for value, (_, goal) in zip(y, points, strict=True)]},
-        error_x={**whisker, "array": [_error(v, n) if n else 0 for v, n in zip(x, sizes, strict=True)]} if kept else None,
+        error_x={**whisker, "array": [_error(v, n) if n else 0 for v, n in zip(x, sizes, strict=True)]}
+        if kept
+        else None,
         customdata=["before", "after"],
         hovertemplate=f"{theme.clean(name)}, %{{customdata}}<br>target %{{y:.3f}}"
         + ("<br>kept %{x:.3f}" if kept else "")

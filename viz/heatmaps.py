@@ -33,9 +33,7 @@ def heatmap(
         figure.add_trace(_outline(circuit.check(first.n_layers, first.n_heads)))
     theme.apply(figure, title or "Heads that do the task", _subtitle(first), height=_height(first))
     figure.update_xaxes(title="head", dtick=_step(first.n_heads), showgrid=False, range=[-0.5, first.n_heads - 0.5])
-    figure.update_yaxes(
-        title="layer", dtick=_step(first.n_layers), showgrid=False, range=[first.n_layers - 0.5, -0.5]
-    )
+    figure.update_yaxes(title="layer", dtick=_step(first.n_layers), showgrid=False, range=[first.n_layers - 0.5, -0.5])
     if len(named) > 1:
         _add_dropdown(figure, named)
     return figure
@@ -56,7 +54,9 @@ def _named(scores: HeadScores | Sequence[HeadScores] | Mapping[str, HeadScores])
         raise ValueError("no scores to show; give HeadScores, a list of them, or a dict of name to HeadScores")
     shapes = {tuple(each.values.shape) for each in named.values()}
     if len(shapes) > 1:
-        raise ValueError(f"scores of different models in one heatmap: shapes {sorted(shapes)}; make one figure per model")
+        raise ValueError(
+            f"scores of different models in one heatmap: shapes {sorted(shapes)}; make one figure per model"
+        )
     return named
 
 

@@ -30,6 +30,8 @@ DIVERGING = (
     (0.8, "#d9691a"),
     (1.0, "#7f2704"),
 )
+# For cells with words on them: the same hues, never so dark that black text is lost.
+SOFT = ((0.0, "#6fb0db"), (0.25, "#b5d5ea"), (0.5, "#f7f7f5"), (0.75, "#f9cfa7"), (1.0, "#f0924a"))
 SEQUENTIAL = ((0.0, "#f7fbff"), (0.35, "#9ecae1"), (0.7, "#2b7bba"), (1.0, "#053061"))
 FONT = "system-ui, -apple-system, 'Segoe UI', 'DejaVu Sans', sans-serif"
 
