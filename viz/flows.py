@@ -143,7 +143,7 @@ def _nodes(heads: list[Head], scores: HeadScores, places: dict) -> go.Scatter:
             "colorbar": {"title": {"text": "effect on margin", "side": "right"}, "thickness": 14, "outlinewidth": 0},
         },
         text=[str(head) for head in heads] + ["logits"],
-        textposition="middle right",
+        textposition="top center",
         customdata=[*values, sum(values)],
         hovertemplate="<b>%{text}</b><br>score %{customdata:+.4g}<extra></extra>",
         showlegend=False,
@@ -154,12 +154,12 @@ def _axes(figure: go.Figure, scores: HeadScores, tokens: Sequence[str] | None) -
     if tokens is None:
         figure.update_xaxes(title="head", dtick=1, showgrid=False, range=[-0.6, scores.n_heads - 0.2])
     else:
-        labels = [theme.clean(token) for token in tokens]
+        labels = [theme.word(token) for token in tokens]
         figure.update_xaxes(tickvals=list(range(len(labels))), ticktext=labels, showgrid=False)
         figure.update_xaxes(title="token", range=[-0.6, len(labels) - 0.2])
     ticks = [*range(scores.n_layers), scores.n_layers]
     figure.update_yaxes(title="layer", tickvals=ticks, ticktext=[*map(str, ticks[:-1]), "answer"], showgrid=True)
-    figure.update_yaxes(range=[-0.5, scores.n_layers + 0.5])
+    figure.update_yaxes(range=[-0.5, scores.n_layers + 0.6])
 
 
 def _slider(figure: go.Figure) -> None:
@@ -169,8 +169,8 @@ def _slider(figure: go.Figure) -> None:
         visible = [index // 4 // 2 >= threshold for index in range(8 * STEPS)] + [True]
         steps.append({"method": "restyle", "args": [{"visible": visible}], "label": f"{threshold * 10} %"})
     prefix = {"prefix": "hide edges below ", "font": {"size": 12}, "xanchor": "left"}
-    figure.update_layout(sliders=[{"steps": steps, "currentvalue": prefix, "pad": {"t": 44}, "len": 0.6, "x": 0}])
-    figure.update_layout(margin={"b": 120})
+    figure.update_layout(sliders=[{"steps": steps, "currentvalue": prefix, "pad": {"t": 64}, "len": 0.6, "x": 0}])
+    figure.update_layout(margin={"b": 140})
 
 
 def _height(scores: HeadScores) -> int:

@@ -27,7 +27,7 @@ def attention(
     if not named:
         raise ValueError("no attention pattern to show; give a [query, key] tensor or a dict of head to tensor")
     figure = go.Figure()
-    labels = _labels(tokens)
+    labels = [theme.word(token) for token in tokens]
     for index, (head, pattern) in enumerate(named.items()):
         if tuple(pattern.shape) != (len(tokens), len(tokens)):
             shape = tuple(pattern.shape)
@@ -93,7 +93,7 @@ def tokens(
     words = [[""] * per_line for _ in lines]
     for i, (line, row) in enumerate(zip(lines, heights, strict=True)):
         grid[i, : len(line)] = row
-        words[i][: len(line)] = _labels(line)
+        words[i][: len(line)] = [theme.word(word) for word in line]
     limit = float(np.nanmax(np.abs(grid))) or 1.0
     figure = go.Figure(
         go.Heatmap(
@@ -106,8 +106,3 @@ def tokens(
     figure.update_xaxes(visible=False)
     figure.update_yaxes(visible=False, autorange="reversed")
     return figure
-
-
-def _labels(words: Sequence[str]) -> list[str]:
-    """Tokenizers mark a leading space; readers need it shown, and newlines too."""
-    return [theme.clean(word.replace("\n", "⏎").replace("Ġ", " ").replace("▁", " ").strip() or "␣") for word in words]

@@ -66,6 +66,12 @@ def clean(text: object) -> str:
     return escape(str(text), quote=False)
 
 
+def word(token: str) -> str:
+    """A token as a reader knows it: tokenizers' marks for spaces go, a bare space and a line end are shown."""
+    text = token.replace("\n", "⏎").replace("Ċ", "⏎").replace("Ġ", " ").replace("▁", " ").strip()
+    return clean(text) or "␣"
+
+
 def band(x: list, low: list, high: list, colour: str, name: str, **options) -> go.Scatter:
     """A filled interval between two curves, grouped with the line it belongs to."""
     filled = {"fill": "toself", "fillcolor": faded(colour), "line": {"width": 0}, "mode": "lines"}
