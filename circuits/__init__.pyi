@@ -11,7 +11,8 @@ from .rules import rule_task as rule_task
 from .encoding import Encoded as Encoded, Evaluation as Evaluation, evaluate as evaluate
 
 # methods
-from .cdt import Node as Node, decompose as decompose, discover as discover, relevance as relevance
+from .cdt import Node as Node, decompose as decompose, relevance as relevance
+from .discovery import discover as discover
 from .means import mean_activations as mean_activations
 from .attribution import ablation as ablation, gradient as gradient, integrated_gradients as integrated_gradients
 from .faithful import FaithfulnessCurve as FaithfulnessCurve, faithfulness as faithfulness

@@ -1,0 +1,230 @@
+"""CD-T: how much of a model's answer comes from each attention head (Hsu et al., arXiv 2407.00886; scores of arXiv 2601.08146).
+
+1. Source. A head's z (its attention-weighted values before W_O) is split: β = z - mean, γ = mean (CD-T algorithm 1).
+2. Propagation. β is carried to the logits, or to other heads, by the chosen rules (`decomposition`). One forward-like pass per
+   source, no gradients; all sources of a batch travel together (`propagation`).
+3. Score at the logits (CT-SFT eq. 4): β of the gold label's logit minus the mean β of the other labels' logits. Signed: positive
+   supports the gold label. Under rules="exact" this is the head's exact mean-ablation effect.
+4. Score at a head t (eqs 5, 6): β_z(t) W_O[t] at the read-out position, projected on the unit vector of gold minus the mean of the
+   other labels' unembedding rows. `discovery` repeats this backwards from head to head.
+"""
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from .blocks import Program, read
+from .carrier import Node
+from .encoding import Encoded
+from .heads import Circuit, Head, HeadScores
+from .means import mean_activations
+from .model import Model
+from .propagation import DEFAULT_MEMORY, propagate
+from .tasks import Task
+from .trace import Batch
+
+ALL_RULES = ("paper", "frozen", "exact")
+
+
+def decompose(
+    model: Model,
+    tokens: Int[Tensor, "batch position"],
+    sources: Sequence[Sequence[Node]],
+    means: Float[Tensor, "layer *place head d_head"],
+    rules: str = "exact",
+    positions: Sequence[int] | None = None,
+    vocab: Sequence[int] | None = None,
+    attention_mask: Int[Tensor, "batch position"] | None = None,
+    batch_size: int | None = None,
+    memory: int = DEFAULT_MEMORY,
+) -> Float[Tensor, "source batch row column"]:
+    """β of the logits, for each source (a set of nodes that act together), at `positions` and `vocab` columns (None: all).
+
+    Negative positions count back from each row's last real token. An encoder classifier reads its first token only, so its
+    position axis has length 1. `means` is what a source's z is compared with, per head or per position and head.
+    """
+    mask = torch.ones_like(tokens) if attention_mask is None else attention_mask
+    tokens, mask = tokens.to(model.device), mask.to(model.device)
+    check_sources(model, sources, tokens.shape[1], rules)
+    means = _as_means(model, means, tokens.shape[1])
+    columns = None if vocab is None else torch.as_tensor(list(vocab), device=model.device)
+    with torch.no_grad(), model.evaluating():
+        batch = Batch(tokens, mask, _rows(model, tokens, mask, positions))
+        out = propagate(read(model.hf), batch, sources, means, rules, columns, batch_size=batch_size, memory=memory)
+    assert out is not None
+    return out
+
+
+def relevance(
+    model: Model,
+    task: Task,
+    *,
+    means: str | Float[Tensor, "layer *place head d_head"] = "label-balanced",
+    rules: str = "exact",
+    sources: str | Iterable[Head] = "heads",
+    targets: Iterable[Head] | None = None,
+    per_position: bool = False,
+    batch_size: int | None = None,
+    memory: int = DEFAULT_MEMORY,
+    progress: bool = True,
+) -> HeadScores:
+    """Signed relevance of every head (or of the heads in `sources`; the others score 0) to the task.
+
+    `targets=None` scores at the logits (eq. 4); heads as targets score by eq. 6, averaged over the targets.
+    `means`: "label-balanced", "task", "corrupted", "zero" (see `means`), or a tensor; `per_position` averages column by column.
+    """
+    heads = _chosen(model, sources)
+    encoded = task.encode(model)
+    mean = reference(model, task, means, per_position, batch_size, encoded.tokens.shape[1])
+    nodes = [[Node(head.layer, head.head)] for head in heads]
+    check_sources(model, nodes, encoded.tokens.shape[1], rules)
+    options = dict(batch_size=batch_size, memory=memory, progress=progress)
+    with torch.no_grad(), model.evaluating():
+        program = read(model.hf)
+        if targets is None:
+            found = logit_scores(program, model, encoded, nodes, mean, rules, **options)
+        else:
+            goals = sorted(Circuit(targets).check(model.anatomy.n_layers, model.anatomy.n_heads))
+            found = target_scores(program, model, encoded, nodes, goals, mean, rules, **options).mean(1)
+    examples = torch.zeros(found.shape[1], model.anatomy.n_layers, model.anatomy.n_heads)
+    examples[:, [h.layer for h in heads], [h.head for h in heads]] = found.T.float().cpu()
+    return HeadScores.from_examples(
+        examples,
+        f"cdt-{rules}",
+        model=model.name,
+        revision=model.revision,
+        task=task.name,
+        data=task.fingerprint,
+        options={
+            "rules": rules,
+            "means": means if isinstance(means, str) else "given",
+            "per_position": per_position,
+            **({} if targets is None else {"targets": " ".join(map(str, goals))}),
+        },
+    )
+
+
+def logit_scores(
+    program: Program, model: Model, encoded: Encoded, nodes: list[list[Node]], means: Tensor, rules: str, **options
+) -> Float[Tensor, "source example"]:
+    """Eq. 4 for each source and example."""
+    columns = encoded.columns.to(model.device)
+    beta = propagate(program, _read_once(model, encoded), nodes, means, rules, columns, **options)
+    assert beta is not None
+    return (beta[:, :, 0] * encoded.direction.to(beta)).sum(-1)
+
+
+def target_scores(
+    program: Program,
+    model: Model,
+    encoded: Encoded,
+    nodes: list[list[Node]],
+    targets: Sequence[Head],
+    means: Tensor,
+    rules: str,
+    **options,
+) -> Float[Tensor, "source target example"]:
+    """Eq. 6 for each source, target head and example; 0 for sources that do not come before the target."""
+    directions = task_directions(program, encoded)  # example d_model
+    scores = torch.zeros(len(nodes), len(targets), len(encoded.tokens), device=model.device)
+
+    def measure(layer: int, site: str, beta: Tensor, total: Tensor, indices: Tensor, examples: slice) -> None:
+        for column, target in enumerate(targets):
+            if target.layer == layer:
+                written = beta[:, :, 0, target.head] @ model.anatomy.W_O(model.hf, layer)[target.head].to(beta)
+                scores[indices, column, examples] = (written * directions[examples].to(beta)).sum(-1).to(scores)
+
+    sites = {target.layer: ("z",) for target in targets}
+    batch = _read_once(model, encoded)
+    propagate(program, batch, nodes, means, rules, None, sites, measure, **options)
+    before = torch.tensor([[n[0].layer < t.layer for t in targets] for n in nodes], device=model.device)
+    return scores * before[:, :, None]
+
+
+def task_directions(program: Program, encoded: Encoded) -> Float[Tensor, "example d_model"]:
+    """v_task / ||v_task|| (eqs 5, 6): gold minus the mean of the others, in the residual stream before the final norm.
+
+    A head with its own dense layer (BERT's pooler or MLM transform) is followed back through that linear map.
+    """
+    head = program.unembedding
+    weight = head.out.weight[encoded.columns.to(head.out.weight.device)].float()
+    directions = encoded.direction.to(weight) @ weight
+    if head.dense is not None:
+        directions = directions @ head.dense.weight.float()
+    return directions / directions.norm(dim=-1, keepdim=True).clamp(min=1e-12)
+
+
+# ---- what the caller gave, checked ----------------------------------------------------------------------------------
+
+
+def _read_once(model: Model, encoded: Encoded) -> Batch:
+    tokens, mask, rows = (x.to(model.device) for x in (encoded.tokens, encoded.attention_mask, encoded.readout))
+    return Batch(tokens, mask, rows[:, None])
+
+
+def _rows(model: Model, tokens: Tensor, mask: Tensor, positions: Sequence[int] | None) -> Int[Tensor, "batch row"]:
+    if model.kind == "classifier" and model.is_encoder:
+        return model.pooled_position(tokens, mask)[:, None]
+    length = tokens.shape[1]
+    if positions is None:
+        return torch.arange(length, device=tokens.device).expand(len(tokens), -1)
+    wrong = [p for p in positions if not -length <= p < length]
+    if wrong:
+        raise ValueError(
+            f"positions {wrong} do not exist; expected -{length} to {length - 1}, for {length} tokens per row"
+        )
+    batch = Batch(tokens, mask, tokens)
+    return torch.stack([batch.absolute(position) for position in positions], 1)
+
+
+def check_sources(model: Model, sources: Sequence[Sequence[Node]], length: int, rules: str) -> None:
+    if rules not in ALL_RULES:
+        raise ValueError(f"rules={rules!r}; expected one of {', '.join(map(repr, ALL_RULES))}")
+    layers, heads = model.anatomy.n_layers, model.anatomy.n_heads
+    for nodes in sources:
+        if not nodes:
+            raise ValueError("a source without nodes; give each source at least one Node(layer, head, position=None)")
+        for layer, head, position in nodes:
+            if not (0 <= layer < layers and 0 <= head < heads):
+                raise ValueError(
+                    f"source a{layer}.h{head} does not exist; {model.name} has layers 0-{layers - 1} and heads 0-{heads - 1}"
+                )
+            if position is not None and not -length <= position < length:
+                raise ValueError(f"source position {position} does not exist; the rows have {length} tokens")
+
+
+def _as_means(model: Model, means: Tensor, length: int) -> Tensor:
+    anatomy = model.anatomy
+    ends, wanted = (
+        (anatomy.n_heads, anatomy.d_head),
+        f"[{anatomy.n_layers}, (position,) {anatomy.n_heads}, {anatomy.d_head}]",
+    )
+    fits = means.ndim in (3, 4) and means.shape[0] == anatomy.n_layers and tuple(means.shape[-2:]) == ends
+    if not fits or (means.ndim == 4 and means.shape[1] < length):
+        raise ValueError(f"means of shape {list(means.shape)}; expected {wanted} with at least {length} positions")
+    return means.to(model.device)
+
+
+def reference(
+    model: Model,
+    task: Task,
+    means: str | Tensor,
+    per_position: bool,
+    batch_size: int | None,
+    length: int,
+) -> Tensor:
+    if isinstance(means, Tensor):
+        return _as_means(model, means, length)
+    return mean_activations(model, task, means, per_position, batch_size)
+
+
+def _chosen(model: Model, sources: str | Iterable[Head]) -> list[Head]:
+    if isinstance(sources, str):
+        if sources != "heads":
+            raise ValueError(
+                f"sources={sources!r}; expected 'heads' or a list of Head (single positions: see decompose)"
+            )
+        return model.anatomy.heads()
+    return sorted(Circuit(sources).check(model.anatomy.n_layers, model.anatomy.n_heads))
