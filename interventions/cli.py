@@ -12,6 +12,7 @@ import typer
 from .cli_demo import demo
 from .cli_discover import discover
 from .cli_embed import app as embed
+from .cli_ensemble import app as ensemble
 from .cli_report import report
 from .cli_tune import tune
 
@@ -26,6 +27,7 @@ app = typer.Typer(
 for verb in (demo, discover, tune, report):
     app.command()(verb)
 app.add_typer(embed, name="embed")
+app.add_typer(ensemble, name="ensemble")
 
 
 def main() -> None:
