@@ -128,8 +128,8 @@ def _add_dropdown(figure: go.Figure, named: dict[str, HeadScores]) -> None:
         buttons.append(
             {"label": theme.clean(name), "method": "update", "args": [{"visible": visible}, {"title.text": text}]}
         )
-    menu = {"buttons": buttons, "x": 1, "xanchor": "right", "y": 1.16, "yanchor": "bottom", "bgcolor": theme.PAPER}
-    figure.update_layout(updatemenus=[menu])
+    menu = {"buttons": buttons, "x": 1, "xanchor": "right", "y": 1.02, "yanchor": "bottom", "bgcolor": theme.PAPER}
+    figure.update_layout(updatemenus=[menu], legend={"x": 0, "xanchor": "left"})
 
 
 def _subtitle(scores: HeadScores) -> str:

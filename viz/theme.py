@@ -30,6 +30,8 @@ DIVERGING = (
     (0.8, "#d9691a"),
     (1.0, "#7f2704"),
 )
+# For cells with words on them: the same hues, never so dark that black text is lost.
+SOFT = ((0.0, "#6fb0db"), (0.25, "#b5d5ea"), (0.5, "#f7f7f5"), (0.75, "#f9cfa7"), (1.0, "#f0924a"))
 SEQUENTIAL = ((0.0, "#f7fbff"), (0.35, "#9ecae1"), (0.7, "#2b7bba"), (1.0, "#053061"))
 FONT = "system-ui, -apple-system, 'Segoe UI', 'DejaVu Sans', sans-serif"
 
@@ -62,6 +64,12 @@ def apply(figure: go.Figure, title: str, subtitle: str = "", height: int = 420) 
 def clean(text: object) -> str:
     """Text as text: plotly reads a little HTML in labels, so tokens such as `<b>` must be escaped."""
     return escape(str(text), quote=False)
+
+
+def word(token: str) -> str:
+    """A token as a reader knows it: tokenizers' marks for spaces go, a bare space and a line end are shown."""
+    text = token.replace("\n", "⏎").replace("Ċ", "⏎").replace("Ġ", " ").replace("▁", " ").strip()
+    return clean(text) or "␣"
 
 
 def band(x: list, low: list, high: list, colour: str, name: str, **options) -> go.Scatter:
