@@ -12,6 +12,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -164,7 +165,7 @@ def faithfulness(
     sizes: Sequence[int] | None = None,
     controls: int = 10,
     seed: int = 0,
-    by: str = "value",
+    by: Literal["value", "magnitude"] = "value",
     batch_size: int | None = None,
     progress: bool = True,
 ) -> FaithfulnessCurve:

@@ -66,7 +66,7 @@ def discover(
     if holdout:
         pool, held = pool.split(round(len(pool) * (1 - holdout)), seed=seed)
     if competence:
-        _make_competent(loaded, pool, competence, competence_epochs, competence_lr, seed, out, json_)
+        _make_competent(loaded, pool, held or pool, competence, competence_epochs, competence_lr, seed, out, json_)
     found = find(
         loaded, pool, held or pool, method, depth=depth, per_depth=per_depth, heads=heads, examples=examples,
         ablate=ablate, controls=controls, seed=seed, quiet=json_,
@@ -200,16 +200,24 @@ def _scoring_set(model: "Model", pool: "LabelledTask | PairedTask", n: int, seed
 
 
 def _make_competent(
-    model: "Model", pool: "LabelledTask | PairedTask", n: int, epochs: int, lr: float, seed: int, out: Path, quiet: bool
+    model: "Model",
+    pool: "LabelledTask | PairedTask",
+    held: "LabelledTask | PairedTask",
+    n: int,
+    epochs: int,
+    lr: float,
+    seed: int,
+    out: Path,
+    quiet: bool,
 ) -> None:
     """Full fine-tuning on n source rows, in place; the checkpoint goes beside the scores for `luthier tune --from`."""
     from interventions import finetune
 
-    before, chance = _competence(model, pool)
+    before, _ = _competence(model, held)
     source = pool.split(n, seed=seed)[0] if n < len(pool) else pool
     finetune(model, source, mask=None, epochs=epochs, lr=lr, seed=seed, progress=not quiet)
-    after, _ = _competence(model, pool)
-    say(f"competence tuning on {len(source)} rows: accuracy {before:.3f} to {after:.3f} (chance {chance:.3f})", quiet)
+    after, _ = _competence(model, held)
+    say(f"competence tuning on {len(source)} rows: accuracy {before:.3f} to {after:.3f} on {len(held)} others", quiet)
     model.hf.save_pretrained(out / "competent")
     if model.tokenizer is not None:
         model.tokenizer.save_pretrained(out / "competent")

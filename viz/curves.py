@@ -27,8 +27,8 @@ def faithful(curves: FaithfulnessCurve | Mapping[str, FaithfulnessCurve], *, tit
         for (name, curve), colour in zip(named.items(), theme.CATEGORIES * len(named), strict=False):
             for trace in _curve(curve, name, colour, share):
                 figure.add_trace(trace)
-    half = len(figure.data) // 2
-    for trace in figure.data[half:]:
+    half = len(list(figure.data)) // 2
+    for trace in list(figure.data)[half:]:
         trace.visible = False
     meta = first.meta
     about = theme.describe(
@@ -94,7 +94,7 @@ def _add_buttons(figure: go.Figure, half: int) -> None:
         args = [{"visible": visible}, {"yaxis.title.text": axis, **line}]
         buttons.append({"label": label, "method": "update", "args": args})
     place = {"x": 0, "xanchor": "left", "y": -0.2, "yanchor": "top", "direction": "right", "type": "buttons"}
-    figure.update_layout(updatemenus=[{"buttons": buttons, "bgcolor": theme.PAPER, **place}])
+    figure.update_layout(updatemenus=[{"buttons": buttons, **theme.MENU, **place}])
     figure.update_layout(margin={"b": 96})
 
 
@@ -116,14 +116,14 @@ def training(
     for name in (target, kept):
         if name is not None and name not in tasks:
             raise ValueError(f"no task {name!r} was evaluated; evaluated: {', '.join(tasks)}")
-    target = target or tasks[0]
-    kept = kept or next((name for name in tasks if name != target), None)
+    goal = target or tasks[0]
+    kept = kept or next((name for name in tasks if name != goal), None)
     figure = go.Figure()
     for (name, arm), colour in zip(arms.items(), theme.CATEGORIES * len(arms), strict=False):
-        figure.add_trace(_arrow(name, arm, target, kept, colour))
-    n = next(iter(arms.values()))["after"][target]["n"]
+        figure.add_trace(_arrow(name, arm, goal, kept, colour))
+    n = next(iter(arms.values()))["after"][goal]["n"]
     theme.apply(figure, title or "Gained on the target, kept elsewhere", f"arrows run from before to after · n={n:.0f}")
-    figure.update_yaxes(title=f"accuracy on {theme.clean(target)} (target)")
+    figure.update_yaxes(title=f"accuracy on {theme.clean(goal)} (target)")
     figure.update_xaxes(
         title=f"accuracy on {theme.clean(kept)} (to be kept)" if kept else "", showgrid=kept is not None
     )

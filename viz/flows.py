@@ -140,7 +140,7 @@ def _nodes(heads: list[Head], scores: HeadScores, places: dict) -> go.Scatter:
             "line": {"color": theme.INK, "width": 1},
             "symbol": ["circle"] * len(heads) + ["square"],
             "opacity": 1,
-            "colorbar": {"title": {"text": "effect on margin", "side": "right"}, "thickness": 14, "outlinewidth": 0},
+            "colorbar": theme.colorbar("effect on margin"),
         },
         text=[str(head) for head in heads] + ["logits"],
         textposition="top center",

@@ -77,7 +77,7 @@ def _cells(scores: HeadScores, visible: bool) -> go.Heatmap:
         zmin=-limit,
         zmax=limit,
         colorscale=list(theme.DIVERGING),
-        colorbar={"title": {"text": "effect on margin", "side": "right"}, "thickness": 14, "outlinewidth": 0},
+        colorbar=theme.colorbar("effect on margin"),
         hovertemplate=hover + "<extra></extra>",
         name=theme.clean(scores.method),
         visible=visible,
@@ -118,7 +118,7 @@ def _outline(circuit: Circuit) -> go.Scatter:
 
 
 def _add_dropdown(figure: go.Figure, named: dict[str, HeadScores]) -> None:
-    others = [True] * (len(figure.data) - len(named))  # the outline stays
+    others = [True] * (len(list(figure.data)) - len(named))  # the outline stays
     buttons = []
     for index, (name, scores) in enumerate(named.items()):
         visible = [position == index for position in range(len(named))] + others
@@ -128,7 +128,7 @@ def _add_dropdown(figure: go.Figure, named: dict[str, HeadScores]) -> None:
         buttons.append(
             {"label": theme.clean(name), "method": "update", "args": [{"visible": visible}, {"title.text": text}]}
         )
-    menu = {"buttons": buttons, "x": 1, "xanchor": "right", "y": 1.02, "yanchor": "bottom", "bgcolor": theme.PAPER}
+    menu = {"buttons": buttons, "x": 1, "xanchor": "right", "y": 1.02, "yanchor": "bottom", **theme.MENU}
     figure.update_layout(updatemenus=[menu], legend={"x": 0, "xanchor": "left"})
 
 

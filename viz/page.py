@@ -33,27 +33,16 @@ td.number, th.number { text-align: right; }
 pre { white-space: pre-wrap; overflow-wrap: anywhere; margin: .4em 0; font-size: .86rem; }
 """
 
-# Figures carry a light background of their own; on a dark screen they take the page's colours instead.
+# Figures carry a light look of their own; on a dark screen their four neutral colours take the page's (see theme.py).
 SCRIPT = """
-const dark = matchMedia('(prefers-color-scheme: dark)');
-function paint() {
-  for (const plot of document.querySelectorAll('.plot')) {
-    const ink = dark.matches ? '#e6e9ee' : '#1d2430', card = dark.matches ? '#1c222c' : '#ffffff';
-    const grid = dark.matches ? '#313a48' : '#e3e7ec', change = {'font.color': ink, 'paper_bgcolor': card,
-      'plot_bgcolor': card, 'hoverlabel.bgcolor': card, 'hoverlabel.font.color': ink};
-    for (const key of Object.keys(plot.layout || {}))
-      if (/^[xy]axis/.test(key)) change[key + '.gridcolor'] = grid;
-    (plot.layout.updatemenus || []).forEach((_, i) => {
-      change[`updatemenus[${i}].bgcolor`] = card; change[`updatemenus[${i}].font.color`] = ink; });
-    Plotly.relayout(plot, change);
-    plot.data.forEach((trace, i) => { if (trace.name && trace.name.startsWith('circuit ('))
-      Plotly.restyle(plot, {'line.color': dark.matches ? '#ffffff' : '#1d2430'}, [i]); });
-  }
+const figures = document.getElementById('figures').textContent, dark = matchMedia('(prefers-color-scheme: dark)');
+const night = {'#1d2430': '#e6e9ee', '#5b6675': '#9aa5b4', '#e3e7ec': '#313a48', '#ffffff': '#1c222c'};
+function draw() {
+  const text = dark.matches ? figures.replace(/#(1d2430|5b6675|e3e7ec|ffffff)/g, colour => night[colour]) : figures;
+  return Promise.all(JSON.parse(text).map((figure, i) => Plotly.react('plot-' + i, figure.data, figure.layout,
+    {responsive: true, displaylogo: false, modeBarButtonsToRemove: ['lasso2d', 'select2d']})));
 }
-const figures = JSON.parse(document.getElementById('figures').textContent);
-Promise.all(figures.map((figure, i) => Plotly.newPlot('plot-' + i, figure.data, figure.layout,
-  {responsive: true, displaylogo: false, modeBarButtonsToRemove: ['lasso2d', 'select2d']}))).then(() => {
-    paint(); dark.addEventListener('change', paint); document.body.dataset.ready = 'yes'; });
+draw().then(() => { dark.addEventListener('change', draw); document.body.dataset.ready = 'yes'; });
 """
 
 

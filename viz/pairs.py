@@ -39,7 +39,7 @@ def _name(scores: HeadScores, other: HeadScores) -> str:
     return f"{scores.method} ({detail})" if detail else scores.method
 
 
-def _scatter(first: HeadScores, second: HeadScores, names: list[str]) -> list[go.Scatter]:
+def _scatter(first: HeadScores, second: HeadScores, names: list[str]) -> list[go.Scatter | go.Scattergl]:
     x, y = (scores.values.flatten().float().cpu().numpy() for scores in (first, second))
     low, high = float(min(x.min(), y.min())), float(max(x.max(), y.max()))
     heads = [str(Head(*divmod(index, first.n_heads))) for index in range(len(x))]

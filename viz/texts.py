@@ -44,7 +44,7 @@ def attention(
             {"label": str(head), "method": "restyle", "args": [{"visible": [i == index for i in range(len(named))]}]}
             for index, head in enumerate(named)
         ]
-        menu = {"buttons": buttons, "x": 1, "xanchor": "right", "y": 1.04, "yanchor": "bottom", "bgcolor": theme.PAPER}
+        menu = {"buttons": buttons, "x": 1, "xanchor": "right", "y": 1.04, "yanchor": "bottom", **theme.MENU}
         figure.update_layout(updatemenus=[menu])
     return figure
 
@@ -58,7 +58,7 @@ def _pattern(pattern: Tensor, labels: list[str], head: Head | None, visible: boo
         zmax=1,
         text=pairs,
         colorscale=list(theme.SEQUENTIAL),
-        colorbar={"title": {"text": "attention", "side": "right"}, "thickness": 14, "outlinewidth": 0},
+        colorbar=theme.colorbar("attention"),
         hovertemplate=f"{f'{head}: ' if head else ''}%{{text}}<br>%{{z:.3f}}<extra></extra>",
         visible=visible,
         xgap=1,
@@ -99,7 +99,7 @@ def tokens(
         go.Heatmap(
             z=grid, text=words, texttemplate="%{text}", textfont={"size": 13}, zmin=-limit, zmax=limit, zmid=0,
             colorscale=list(theme.SOFT), hovertemplate="%{text}<br>%{z:+.4g}<extra></extra>", hoverongaps=False,
-            colorbar={"title": {"text": "relevance", "side": "right"}, "thickness": 14, "outlinewidth": 0}, xgap=2, ygap=6,
+            colorbar=theme.colorbar("relevance"), xgap=2, ygap=6,
         )
     )  # fmt: skip
     theme.apply(figure, title or "Which tokens count", about, height=int(min(1000, 150 + 42 * len(lines))))

@@ -33,6 +33,8 @@ DIVERGING = (
 # For cells with words on them: the same hues, never so dark that black text is lost.
 SOFT = ((0.0, "#6fb0db"), (0.25, "#b5d5ea"), (0.5, "#f7f7f5"), (0.75, "#f9cfa7"), (1.0, "#f0924a"))
 SEQUENTIAL = ((0.0, "#f7fbff"), (0.35, "#9ecae1"), (0.7, "#2b7bba"), (1.0, "#053061"))
+# Buttons stay light on every screen: plotly paints the pressed one light, whatever the rest is.
+MENU = {"bgcolor": "#fff", "bordercolor": "#aab4c0", "font": {"color": "#222", "size": 12}}
 FONT = "system-ui, -apple-system, 'Segoe UI', 'DejaVu Sans', sans-serif"
 
 
@@ -81,6 +83,11 @@ def band(x: list, low: list, high: list, colour: str, name: str, **options) -> g
 def faded(colour: str, alpha: float = 0.18) -> str:
     red, green, blue = (int(colour[i : i + 2], 16) for i in (1, 3, 5))
     return f"rgba({red},{green},{blue},{alpha})"
+
+
+def colorbar(text: str) -> dict:
+    """The legend of a colour scale, its title above so that long numbers never meet it."""
+    return {"title": {"text": text.replace(" ", "<br>", 1), "side": "top"}, "thickness": 14, "outlinewidth": 0}
 
 
 def describe(*parts: object) -> str:
