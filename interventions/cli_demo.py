@@ -35,9 +35,7 @@ def demo(
     target = pocket.sentiment_task(language, "train").split(n, seed=seed)[0]
     evals = {language: pocket.sentiment_task(language, "test"), "english": pocket.sentiment_task("english", "test")}
     held = evals["english"].split(200, seed=seed)[0]
-    found = find(
-        model, pocket.sentiment_task("english", "train"), held, method="ablation", heads=HEADS, seed=seed, quiet=json_
-    )
+    found = find(model, pocket.sentiment_task("english", "train"), held, heads=HEADS, seed=seed, quiet=json_)
     masks = _arms(model, found.circuit)
     results = {}
     for arm in ("full", "norms", "circuit"):  # the circuit last: its weights are saved
@@ -47,6 +45,7 @@ def demo(
         results[arm] = tuned.to_dict()
     results = {arm: results[arm] for arm in ("circuit", "norms", "full")}
     found.save(out)
+    found.save_inside(load_model("pocket"), out, quiet=json_)
     save_tuning(model, masks["circuit"], results, out, stem="sentiment")
     save_run(out, "demo", {"model": "pocket", "language": language, "n": n, "seed": seed})
     page = write_report(out, out / "report.html", "What luthier does, on its pocket model")

@@ -73,6 +73,7 @@ def discover(
     )  # fmt: skip
     out.mkdir(parents=True, exist_ok=True)  # from here on nothing can be wrong with the input
     found.save(out)
+    found.save_inside(loaded, out, quiet=json_)
     save_run(out, "discover", options | {"trained": bool(competence)})
     from .cli_report import write_report
 
@@ -90,8 +91,17 @@ class Found(NamedTuple):
     circuit: "Circuit"
     curve: "FaithfulnessCurve"
     point: "FaithfulnessCurve"  # the circuit itself
+    chosen: "LabelledTask | PairedTask"  # the examples that were scored
     accuracy: float
     chance: float
+
+    def save_inside(self, model: "Model", out: Path, quiet: bool) -> None:
+        """What the report shows of single heads."""
+        from .cli_look import save_edges, save_look
+
+        save_look(model, self.chosen, self.scores, self.circuit, out)
+        if self.scores.method.startswith("cdt"):
+            save_edges(model, self.chosen, self.circuit, out, quiet)
 
     def save(self, out: Path) -> None:
         self.scores.save(out / "scores")
@@ -131,7 +141,7 @@ def find(
     options = {"ablate": ablate, "controls": controls, "seed": seed, "progress": not quiet}
     curve = circuits.faithfulness(model, held, scores, **options)
     point = circuits.faithfulness(model, held, circuit, **options)
-    return Found(scores, circuit, curve, point, accuracy, chance)
+    return Found(scores, circuit, curve, point, chosen, accuracy, chance)
 
 
 def show(found: Found, page: Path, out: Path, as_json: bool) -> None:

@@ -1,5 +1,6 @@
 """`luthier report`: one HTML page from whatever a run's folder holds. Every other verb ends with the same function."""
 
+import math
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -34,7 +35,7 @@ def write_report(folder: Path, path: Path, title: str | None = None) -> Path:
 
     if not folder.is_dir():
         raise FileNotFoundError(f"no folder {str(folder)!r}; expected the --out folder of a luthier run")
-    parts = (_discovery(folder), _faithfulness(folder), _mask(folder), _tuning(folder))
+    parts = (_discovery(folder), _inside(folder), _faithfulness(folder), _mask(folder), _tuning(folder))
     sections = {name: items for part in parts for name, items in part.items()}
     if not sections:
         raise FileNotFoundError(
@@ -74,6 +75,16 @@ def _discovery(folder: Path) -> dict[str, Any]:
     return {"Discovery": items}
 
 
+def _inside(folder: Path) -> dict[str, Any]:
+    from circuits import Circuit, HeadScores
+
+    from .cli_look import look_sections
+
+    has = (folder / "scores.json").is_file() and (folder / "circuit.json").is_file()
+    scores = HeadScores.load(folder / "scores") if has else None
+    return look_sections(folder, scores, Circuit.load(folder / "circuit.json") if has else None)
+
+
 def _faithfulness(folder: Path) -> dict[str, Any]:
     import viz
     from circuits import FaithfulnessCurve
@@ -111,8 +122,25 @@ def _mask(folder: Path) -> dict[str, Any]:
         {"what": "norms that learn", "value": policy["norms"]},
     ]
     text = "Only these slices have gradients and optimizer state. Every other value of the model stays bit-identical."
-    parameters = [{"parameter": name, "shape": "x".join(map(str, shape))} for name, shape in saved["shapes"].items()]
-    return {"Mask": [text, facts, parameters]}
+    return {"Mask": [text, facts, _moving(path.with_suffix(""))]}
+
+
+def _moving(stem: Path) -> list[dict[str, Any]]:
+    """One row per weight with a moving part; the norms, which move whole, together in the last."""
+    from circuits.files import load_tensors
+
+    tensors, saved = load_tensors(stem)
+    rows, norms, values = [], 0, 0
+    for name, slices in tensors.items():
+        shape = saved["shapes"][name]
+        moving = sum((stop - start) * math.prod(shape) // shape[dim] for dim, start, stop in slices.tolist())
+        if len(shape) == 1 and "norm" in name.lower():
+            norms, values = norms + 1, values + moving
+            continue
+        row = {"parameter": name, "shape": " x ".join(map(str, shape)), "values that may move": moving}
+        rows.append(row | {"share": f"{moving / math.prod(shape):.0%}"})
+    last = {"parameter": f"{norms} norm vectors", "shape": "", "values that may move": values, "share": "100%"}
+    return [*rows, last] if norms else rows
 
 
 def _tuning(folder: Path) -> dict[str, Any]:

@@ -77,7 +77,7 @@ def tune(
 
         print(json.dumps({"arms": arm_rows(results), "out": str(out), "report": str(page)}))
         return
-    show_rows("Before and after tuning", arm_rows(results))
+    show_rows("Accuracy before and after tuning", arm_rows(results))
     print(f"written: {out}/ (checkpoint in {out / 'checkpoint'}, open {page})")
 
 
@@ -124,7 +124,7 @@ def save_tuning(model: "Model", mask: Any, results: Mapping[str, Any], out: Path
 
 
 def arm_rows(results: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """One row per arm and evaluated task."""
+    """One row per arm and evaluated task: values moved, accuracy before and after, macro-F1."""
     rows = []
     for arm, result in results.items():
         for name, after in result["after"].items():
@@ -132,13 +132,13 @@ def arm_rows(results: Mapping[str, Any]) -> list[dict[str, Any]]:
             rows.append(
                 {
                     "arm": arm,
-                    "values moved": result["moved"],
-                    "evaluated on": name,
+                    "moved": result["moved"],
+                    "task": name,
                     "n": int(after["n"]),
-                    "accuracy before": before["accuracy"],
+                    "before": before["accuracy"],
                     "after": after["accuracy"],
                     "change": after["accuracy"] - before["accuracy"],
-                    "macro-F1 after": after["macro_f1"],
+                    "F1 after": after["macro_f1"],
                 }
             )
     return rows
