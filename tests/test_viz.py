@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from circuits import Circuit, FaithfulnessCurve, Head, HeadScores
-from viz import faithful, heatmap, report, theme, training
+from viz import attention, compare, faithful, flow, heatmap, interference, report, spectrum, theme, tokens, training
 
 EVIL = "</script><script>document.title='owned'</script><b>"
 
@@ -170,3 +170,88 @@ def test_colours_stay_apart_for_colour_blind_readers():
         assert channels(cold)[2] > channels(cold)[0] and channels(warm)[0] > channels(warm)[2]
     contrast = (1.05) / (luminance(theme.MUTED) + 0.05)
     assert contrast > 4.5
+
+
+def measured(seed=0, view="head"):
+    from circuits.interference import overlap
+    from circuits.measurement import Interference
+
+    generator = torch.Generator().manual_seed(seed)
+    names = [f"a{layer}.h{head}" for layer in range(2) for head in range(3)] if view == "head" else ["q", "<b>o"]
+    pairs = {name: torch.randn(2, 8, 6, generator=generator) for name in names}
+    return Interference({name: overlap(f, g, 3) for name, (f, g) in pairs.items()}, view, model="tiny")
+
+
+def test_interference_by_head_over_steps():
+    given = {0: measured(0), 10: measured(1)}
+    figure = interference(given)
+    assert figure.data[1].z[1][2] == pytest.approx(given[10]["a1.h2"].cosine)
+    assert figure.data[0].zmax == max(abs(v) for each in given.values() for v in each.values().values())
+    assert [trace.visible for trace in figure.data] == [True, False]
+    assert [step.label for step in figure.layout.sliders[0].steps] == ["0", "10"]
+    with pytest.raises(ValueError, match="different views: head, matrix"):
+        interference({0: measured(), 1: measured(view="matrix")})
+
+
+def test_interference_by_block():
+    given = measured(view="matrix")
+    (bars,) = interference(given, "sti_fro_normalized").data
+    assert list(bars.x) == [given["q"].sti_fro_normalized, given["<b>o"].sti_fro_normalized]
+    assert list(bars.y) == ["q", "&lt;b&gt;o"]
+
+
+def test_spectrum_shows_the_principal_angles():
+    given = measured(view="matrix")
+    figure = spectrum(given)
+    first = figure.layout.updatemenus[0].buttons[0].label.replace("&lt;b&gt;", "<b>")
+    assert list(figure.data[0].y) == pytest.approx(given[first].angles_left.cos().tolist())
+    assert list(figure.data[1].y) == pytest.approx(given[first].angles_right.cos().tolist())
+
+
+def test_flow_draws_the_edges_it_is_given():
+    given = scores()
+    circuit = Circuit([Head(0, 0), Head(0, 1), Head(2, 3)], 3, 4)
+    edges = {(Head(0, 0), Head(2, 3)): 1.0, (Head(0, 1), Head(2, 3)): -0.4}
+
+    def shown(figure):
+        middles = [trace for trace in figure.data if trace.mode == "markers"]
+        return {name: value for trace in middles for name, value in zip(trace.text, trace.customdata, strict=True)}
+
+    expected = {"a0.h0 → a2.h3": 1.0, "a0.h1 → a2.h3": -0.4}
+    expected |= {f"{head} → logits": given[head] for head in circuit}
+    assert shown(flow(circuit, given, edges)) == pytest.approx(expected)
+    by_target = HeadScores(torch.zeros(3, 4).index_put((torch.tensor(0), torch.tensor(0)), torch.tensor(1.0)), "x")
+    assert shown(flow(circuit, given, {Head(2, 3): by_target}))["a0.h0 → a2.h3"] == 1.0
+    placed = flow(circuit, given, positions={head: 1 for head in circuit}, tokens=["a", "<b>"])
+    assert placed.layout.xaxis.ticktext == ("a", "&lt;b&gt;")
+    assert len(set(placed.data[-1].x[:2])) == 2  # two heads over one token stand side by side
+    with pytest.raises(ValueError, match=r"edges name a1\.h1, which the circuit does not hold"):
+        flow(circuit, given, {(Head(1, 1), Head(2, 3)): 1.0})
+    with pytest.raises(ValueError, match="the circuit is empty"):
+        flow(Circuit([]), given)
+
+
+def test_attention_and_tokens_show_their_values():
+    pattern = torch.tensor([[1.0, 0.0], [0.25, 0.75]])
+    figure = attention({Head(0, 1): pattern, Head(1, 0): pattern.T}, ["<s>", "Ġhi"])
+    assert figure.data[0].z.tolist() == pattern.tolist()
+    assert figure.layout.xaxis.ticktext == ("&lt;s&gt;", "hi")
+    assert [button.label for button in figure.layout.updatemenus[0].buttons] == ["a0.h1", "a1.h0"]
+    with pytest.raises(ValueError, match=r"is \(2, 2\) for 3 tokens"):
+        attention(pattern, ["a", "b", "c"])
+    (grid,) = tokens(["a", "b", "c"], torch.tensor([1.0, -2.0, 0.5]), per_line=2).data
+    assert grid.z[0].tolist() == [1.0, -2.0] and grid.z[1][0] == 0.5 and grid.zmax == 2
+    assert [list(row) for row in grid.text] == [["a", "b"], ["c", ""]]
+    with pytest.raises(ValueError, match=r"\[2\] tokens and \[3\] values"):
+        tokens(["a", "b"], torch.zeros(3))
+
+
+def test_compare_counts_common_heads():
+    first = HeadScores(torch.tensor([[4.0, 3.0], [2.0, 1.0]]), "a")
+    second = HeadScores(torch.tensor([[3.0, 4.0], [1.0, 2.0]]), "b")
+    figure = compare(first, second)
+    points, common = figure.data[1], figure.data[2]
+    assert list(points.x) == [4, 3, 2, 1] and list(points.y) == [3, 4, 1, 2]
+    assert dict(zip(common.x, common.y, strict=True)) == {1: 0, 2: 1, 3: pytest.approx(2 / 3), 4: 1}
+    with pytest.raises(ValueError, match="scores of different models"):
+        compare(first, scores())
