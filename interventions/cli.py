@@ -9,6 +9,7 @@ import sys
 
 import typer
 
+from .cli_align import align
 from .cli_demo import demo
 from .cli_discover import discover
 from .cli_embed import app as embed
@@ -24,7 +25,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
 )
-for verb in (demo, discover, tune, report):
+for verb in (demo, discover, tune, align, report):
     app.command()(verb)
 app.add_typer(embed, name="embed")
 app.add_typer(ensemble, name="ensemble")

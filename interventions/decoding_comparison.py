@@ -82,27 +82,28 @@ class DecodingComparison:
         """Mean reward of `method` minus `other`, with its 95% interval over prompts."""
         return interval((self.rewards(method) - self.rewards(other)).mean(0), resamples)
 
+    def rows(self) -> list[dict[str, Any]]:
+        """One dict per method: means with 95% intervals over prompts, lengths and costs."""
+        return [self._row(label, parts) for label, parts in self.runs.items()]
+
+    def _row(self, label: str, parts: list[Aligned]) -> dict[str, Any]:
+        lengths = [len(tokens) for part in parts for tokens in part.tokens]
+        row: dict[str, Any] = {"method": label, "reward": shown(interval(self.rewards(label).mean(0)))}
+        row["minus best-of-n"] = shown(self.difference(label), sign="+")
+        if self.heldout:
+            row["held-out reward"] = shown(interval(self.heldout[label].mean(0)))
+        row["log-likelihood"] = shown(interval(self.likelihood[label].mean(0)))
+        row["diversity"] = round(distinct([text for part in parts for text in part.responses]), 2)
+        row["tokens"] = round(sum(lengths) / len(lengths), 1)
+        row["samples per prompt"] = round(float(torch.stack([part.samples for part in parts]).float().mean()))
+        row["seconds"] = round(sum(part.seconds for part in parts) / len(parts), 1)
+        return row
+
     def table(self) -> str:
-        """Markdown, one row per method; 95% intervals over prompts."""
-        heads = ["method", "reward", "minus best-of-n, equal samples"] + ["held-out reward"] * bool(self.heldout)
-        heads += ["log-likelihood", "diversity", "tokens", "samples per prompt", "seconds"]
-        lines = [f"| {' | '.join(heads)} |", f"|{'---|' * len(heads)}"]
-        for label, parts in self.runs.items():
-            texts = [text for part in parts for text in part.responses]
-            tokens = [len(t) for part in parts for t in part.tokens]
-            cells = [label, shown(interval(self.rewards(label).mean(0))), shown(self.difference(label), sign="+")]
-            cells += [shown(interval(self.heldout[label].mean(0)))] * bool(self.heldout)
-            cells += [
-                shown(interval(self.likelihood[label].mean(0))),
-                f"{distinct(texts):.2f}",
-                f"{sum(tokens) / len(tokens):.0f}",
-            ]
-            cells += [
-                f"{torch.stack([p.samples for p in parts]).float().mean():.0f}",
-                f"{sum(p.seconds for p in parts) / len(parts):.1f}",
-            ]
-            lines.append(f"| {' | '.join(cells)} |")
-        return "\n".join(lines)
+        """`rows()` as Markdown."""
+        rows = self.rows()
+        lines = [f"| {' | '.join(rows[0])} |", f"|{'---|' * len(rows[0])}"]
+        return "\n".join(lines + [f"| {' | '.join(map(str, row.values()))} |" for row in rows])
 
     def statement(self) -> str:
         """In words: where AISP beats the others and where it does not."""

@@ -123,20 +123,22 @@ class Options:
 
     def __post_init__(self):
         rules = {
-            "n must be at least 1": self.n >= 1,
-            "iterations must be at least 1": self.iterations >= 1,
-            "horizon must be at least 1": self.horizon >= 1,
-            "sigma2 must not be negative": self.sigma2 >= 0,
-            "temperature must be positive": self.temperature > 0,
-            "alpha must lie in [0, 1]": 0 <= self.alpha <= 1,
-            "target_ess must lie in [1, n]": self.target_ess is None or 1 <= self.target_ess <= self.n,
-            "step_size must lie in (0, 1]": 0 < self.step_size <= 1,
-            "norm_cap must be positive": self.norm_cap is None or self.norm_cap > 0,
-            "patience must be at least 1": self.patience is None or self.patience >= 1,
+            "n": ("at least 1", self.n >= 1),
+            "iterations": ("at least 1", self.iterations >= 1),
+            "horizon": ("at least 1", self.horizon >= 1),
+            "sigma2": ("at least 0", self.sigma2 >= 0),
+            "temperature": ("positive", self.temperature > 0),
+            "alpha": ("in [0, 1]", 0 <= self.alpha <= 1),
+            "target_ess": (f"in [1, n] = [1, {self.n}]", self.target_ess is None or 1 <= self.target_ess <= self.n),
+            "step_size": ("in (0, 1]", 0 < self.step_size <= 1),
+            "norm_cap": ("positive", self.norm_cap is None or self.norm_cap > 0),
+            "patience": ("at least 1", self.patience is None or self.patience >= 1),
         }
-        broken = [rule for rule, holds in rules.items() if not holds]
+        broken = [
+            f"{name} = {getattr(self, name)} must be {rule}" for name, (rule, holds) in rules.items() if not holds
+        ]
         if broken:
-            raise ValueError(f"{'; '.join(broken)}; got {self}")
+            raise ValueError("; ".join(broken))
 
 
 @dataclass

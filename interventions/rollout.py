@@ -20,6 +20,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from circuits.anatomy import unwrap
+
 Tokens = Int[Tensor, " _"]  # one text; lists of them are ragged
 Pick = Callable[[Tensor, Tensor, Tensor, int], Tensor]
 
@@ -75,7 +77,7 @@ class Decoder:
         self.tokenizer: Any = tokenizer if tokenizer is not None else getattr(model, "tokenizer", None)
         if not isinstance(self.hf, nn.Module) or not hasattr(self.hf, "get_output_embeddings"):
             raise TypeError(f"expected a model from load() or a transformers model, got {type(model).__name__}")
-        self.head = self.hf.get_output_embeddings()
+        self.head: Any = self.hf.get_output_embeddings()
         if self.head is None:
             raise ValueError(f"{type(self.hf).__name__} has no unembedding; decoding needs a causal language model")
         if self.tokenizer is None:
@@ -87,7 +89,7 @@ class Decoder:
         self.dtype = self.head.weight.dtype
         self.config = self.hf.config.get_text_config()
         self.ends = torch.tensor(sorted(end_tokens(self.hf, self.tokenizer)), dtype=torch.long, device=self.device)
-        self._accepts = inspect.signature(getattr(self.hf, "get_base_model", lambda: self.hf)().forward).parameters
+        self._accepts = inspect.signature(unwrap(self.hf).forward).parameters
         self._after: Callable[[Tensor], Tensor] | None = None
 
     def encode(self, prompts: Sequence[str]) -> list[Tokens]:
@@ -157,32 +159,34 @@ class Decoder:
         raw = self.head(z.to(self.dtype))
         return raw if self._after is None else self._after(raw)
 
+    @torch.inference_mode()
     def pre_logits(self, prompt: Tokens, response: Tokens) -> Float[Tensor, "response d"]:
-        """z before each token of the response, by one teacher-forced forward."""
-        caught: list[Tensor] = []
-        handle = self.head.register_forward_pre_hook(lambda _module, inputs: caught.append(inputs[0][0]))
-        try:
-            with torch.inference_mode():
-                self.hf(input_ids=torch.cat([prompt.cpu(), response.cpu()])[None].to(self.device), use_cache=False)
-        finally:
-            handle.remove()
-        return caught[0][len(prompt) - 1 : -1]
+        """z before each token of the response. The prompt is a forward of its own, so that what edits prompts edits it once."""
+        start = self.prefill([prompt])
+        if len(response) == 1:
+            return start.z
+        written, width = response[None, :-1].to(self.device), start.mask.shape[1] + len(response) - 1
+        mask = torch.ones(1, width, dtype=torch.bool, device=self.device)
+        z, _, _ = self._forward(written, mask, False, start.cache, every=True)
+        return torch.cat([start.z, z])
 
     def zeros(self, horizon: int) -> Float[Tensor, "tau d"]:
         return torch.zeros(horizon, self.head.weight.shape[1], device=self.device)
 
-    def _forward(self, tokens: Tensor, mask: Tensor, padded: bool, cache: Any, keep_logits: bool = False):
-        """z of the last position. The unembedding inside the model sees no rows unless its logits are wanted."""
+    def _forward(
+        self, tokens: Tensor, mask: Tensor, padded: bool, cache: Any, keep_logits: bool = False, every: bool = False
+    ) -> tuple[Tensor, Any, Any]:
+        """z of the last position (of `every` one). The unembedding inside the model sees no rows unless its logits are wanted."""
         caught: list[Tensor] = []
 
         def catch(_module: nn.Module, inputs: tuple[Tensor, ...]):
-            caught.append(inputs[0][:, -1])
+            caught.append(inputs[0][0] if every else inputs[0][:, -1])
             return inputs if keep_logits else (inputs[0][:0],)
 
         options = {"use_cache": True, "past_key_values": cache, "attention_mask": mask.long() if padded else None}
         if "position_ids" in self._accepts:
             options["position_ids"] = (mask.long().cumsum(1) - 1).clamp_min(0)[:, -tokens.shape[1] :]
-        if "logits_to_keep" in self._accepts:
+        if "logits_to_keep" in self._accepts and not every:
             options["logits_to_keep"] = 1
         handle = self.head.register_forward_pre_hook(catch)
         try:

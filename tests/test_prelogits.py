@@ -5,7 +5,7 @@ import torch
 from wordlevel import tiny_with_words, word_tokenizer
 
 from circuits import load
-from interventions import aisp
+from interventions import aisp, inject
 from interventions.perturbation import Perturbation
 from interventions.prelogits import importance_weights, perturbed_rollout
 from interventions.rewards import rowwise
@@ -440,11 +440,11 @@ def test_adapters_of_peft_are_decoded_with(family):
 @pytest.mark.parametrize(
     "wrong, message",
     [
-        (dict(n=0), "n must be at least 1"),
-        (dict(temperature=0), "temperature must be positive"),
-        (dict(alpha=1.5), r"alpha must lie in \[0, 1\]"),
-        (dict(sigma2=-1.0), "sigma2 must not be negative"),
-        (dict(target_ess=9), r"target_ess must lie in \[1, n\]"),
+        (dict(n=0), "n = 0 must be at least 1"),
+        (dict(temperature=0), "temperature = 0 must be positive"),
+        (dict(alpha=1.5), r"alpha = 1.5 must be in \[0, 1\]"),
+        (dict(sigma2=-1.0), "sigma2 = -1.0 must be at least 0"),
+        (dict(target_ess=9), r"target_ess = 9 must be in \[1, n\] = \[1, 6\]"),
         (dict(max_new_tokens=63), "shorten the prompt or max_new_tokens"),
         (dict(seed=[1, 2]), "2 seeds for 3 prompts"),
     ],
@@ -465,3 +465,46 @@ def test_bad_models_prompts_and_rewards_are_named():
         aisp(tiny_with_words("llama"), ["w4", ""], REWARD, **QUICK)
     with pytest.raises(TypeError, match="reward must be a function|parameter 'reward'"):
         aisp(tiny_with_words("llama"), PROMPTS, 3, **QUICK)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_an_active_injection_edits_every_prompt_once(family):
+    """Greedy under injection is what `generate` gives; noisy decoding in a batch is what one prompt alone gives."""
+    model = tiny_with_words(family)
+    g = torch.Generator().manual_seed(0)
+    anatomy = model.anatomy
+    embedding = 3 * torch.randn(anatomy.n_layers, anatomy.n_heads, anatomy.d_head, generator=g)
+    alpha = torch.rand(anatomy.n_layers, anatomy.n_heads, generator=g)
+    plain = aisp(model, PROMPTS, REWARD, **QUICK, sigma2=0.0)
+    with inject(model, embedding, alpha):
+        quiet = aisp(model, PROMPTS, REWARD, **QUICK, sigma2=0.0)
+        for prompt, tokens in zip(PROMPTS, quiet.tokens, strict=True):
+            ids = torch.tensor([word_tokenizer()(prompt)["input_ids"]])
+            wanted = model.hf.generate(
+                ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=7, pad_token_id=0
+            )
+            assert tokens.tolist() == wanted[0, ids.shape[1] :].tolist()
+        noisy = aisp(model, PROMPTS, REWARD, **QUICK, sigma2=4.0)
+        alone = aisp(model, PROMPTS[1], REWARD, **QUICK, sigma2=4.0)
+    assert quiet.responses != plain.responses
+    assert noisy.responses[1] == alone.responses[0]
+    assert torch.allclose(noisy.token_kl[1], alone.token_kl[0], atol=1e-4, equal_nan=True)
+
+
+def test_a_model_tuned_in_its_heads_is_decoded_with_inside_and_outside_the_restriction():
+    from circuits import Circuit, Head
+    from interventions import HeadMask, restrict
+
+    model = load(tiny("llama"), word_tokenizer())
+    before = aisp(model, PROMPTS, REWARD, **QUICK, sigma2=4.0)
+    mask = HeadMask.from_circuit(Circuit([Head(0, 1), Head(2, 3)], 3, 4), model)
+    with restrict(model.hf, mask) as restricted:
+        optimizer = torch.optim.SGD(restricted.parameters(), lr=0.5)
+        tokens = torch.tensor([[5, 9, 11, 40, 7, 7, 7, 7]])
+        for _ in range(5):
+            optimizer.zero_grad()
+            model.hf(tokens, labels=tokens).loss.backward()
+            optimizer.step()
+        inside = aisp(model, PROMPTS, REWARD, **QUICK, sigma2=4.0)
+    outside = aisp(model, PROMPTS, REWARD, **QUICK, sigma2=4.0)
+    assert inside.responses == outside.responses != before.responses
