@@ -141,7 +141,8 @@ def test_packed_documents_do_not_see_each_other():
     assert losses[0] == pytest.approx(sum(n * loss for n, loss in zip(sizes, losses[1:], strict=True)) / sum(sizes))
 
 
-def test_a_short_training_lowers_the_loss_and_is_repeatable(tmp_path):
+def test_a_short_training_lowers_the_loss_and_is_repeatable(tmp_path, monkeypatch):
+    monkeypatch.setattr(pocket_train, "ROWS", 4)
     tokenizer = pocket_train.build_tokenizer()
     folders = [pocket_train.train(tmp_path / name, steps=2, progress=False) for name in "ab"]
     a, b = ((folder / "model.safetensors").read_bytes() for folder in folders)
@@ -151,6 +152,24 @@ def test_a_short_training_lowers_the_loss_and_is_repeatable(tmp_path):
     (batch,) = pocket_train.batches(tokenizer, 0, 1)
     with torch.no_grad():
         assert pocket_train.loss_of(after, batch) < pocket_train.loss_of(before, batch)
+
+
+def test_tasks_of_the_world_fit_the_toolkit():
+    from circuits import evaluate, load, pocket
+
+    model = load("pocket")
+    assert evaluate(model, pocket.sentiment_task("vela", "test", 60)).accuracy > 0.85
+    assert len(pocket.sentiment_task("osko", "train")) == 600
+    assert evaluate(model, pocket.name_copying_task(model, n=50)).accuracy > 0.9
+    assert evaluate(model, pocket.facts_task("town", "retain")).accuracy > 0.9
+    assert pocket.fewshot_task("opposite").pairs[0] == ("hot", "cold")
+    assert pocket.fewshot_task("fruit_of_3").name == "fruit_of_3"
+    for wrong, message in (
+        (lambda: pocket.fewshot_task("rhyme"), "unknown mapping 'rhyme': the pocket world has opposite"),
+        (lambda: pocket.facts_task("age"), "unknown relation 'age': the pocket world has town, job, food"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            wrong()
 
 
 def test_the_model_is_small_and_a_llama():
@@ -163,6 +182,9 @@ def test_the_model_is_small_and_a_llama():
 def test_the_model_has_the_skills_its_readme_states(pocket):
     rows = pocket_measure.sentiment_rows("english", 200)
     right, n = pocket_measure.accuracy(*pocket, rows, pocket_measure.LABEL_WORDS)
+    assert right / n > 0.9
+    names = [(row["prompt"], row["answer"]) for row in world.name_copying(100, seed=1)]
+    right, n = pocket_measure.accuracy(*pocket, names)
     assert right / n > 0.9
     few, _ = pocket_measure.accuracy(*pocket, pocket_measure.fewshot_rows("uppercase", 10, 50))
     none, _ = pocket_measure.accuracy(*pocket, pocket_measure.fewshot_rows("uppercase", 0, 50))

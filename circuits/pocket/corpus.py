@@ -37,19 +37,24 @@ def _sentence(language: str, rng: Random, label: str | None = None) -> tuple[str
 
 
 def names(rng: Random) -> str:
-    """One name-copying sentence."""
+    """One name-copying sentence, and up to three more gifts between the same two."""
     row = world.name_copying(1, int(rng.random() * 1e9), "train")[0]
-    return f"{row['prompt']}{{{row['answer']}}} ."
+    pair = row["answer"].strip(), row["distractor"].strip()
+    return f"{row['prompt']}{{{row['answer']}}} ." + _gifts(rng, pair, int(rng.random() * 4))
 
 
 def partners(rng: Random) -> str:
-    """Two names that stand together, asked for again in turn: after one of them comes the other."""
+    """Two names that stand together, and gifts between them: the simplest form of name copying."""
     pair = draw(rng, words.NAMES, 2)
     if world.held_out(" ".join(sorted(pair))):
         return partners(rng)
-    link = pick(rng, ("and", "gave the ball to", "met", "to"))
-    turns = [draw(rng, pair, 2) for _ in range(5)]
-    return f"{pair[0]} and {pair[1]} . " + " . ".join(f"{a} {link}{{ {b}}}" for a, b in turns) + " ."
+    where = f" went to the {pick(rng, words.PLACES)}" if rng.random() < 0.5 else ""
+    return f"{pair[0]} and {pair[1]}{where} {pick(rng, ',.')}" + _gifts(rng, pair, 4)
+
+
+def _gifts(rng: Random, pair, n: int) -> str:
+    turns = [(*draw(rng, pair, 2), pick(rng, ("gave", "handed", "showed", "passed", "sent"))) for _ in range(n)]
+    return "".join(f" {a} {verb} the {pick(rng, words.OBJECTS)} to{{ {b}}} ." for a, b, verb in turns)
 
 
 def mapping(rng: Random, shots: tuple[int, int] = (3, 11)) -> str:
@@ -99,8 +104,8 @@ _FACTS = {person: [row for row in world.facts() if row["person"] == person] for 
 MIXTURE: dict[Callable[[Random], str], tuple[float, float]] = {
     labelled: (0.20, 0.26),
     unlabelled: (0.05, 0.06),
-    names: (0.20, 0.24),
-    partners: (0.15, 0.02),
+    names: (0.20, 0.22),
+    partners: (0.15, 0.04),
     mapping: (0.25, 0.30),
     lookup: (0.05, 0.03),
     repetition: (0.10, 0.03),
@@ -130,7 +135,7 @@ def vocabulary() -> list[str]:
     """Every word of the world, in a fixed order."""
     found = {word for name in words.LANGUAGES for word in words.language(name).words()}
     found |= {*words.LABELS, *words.NAMES, *words.PLACES, *words.OBJECTS}
-    found |= {*words.PERSONS, *words.TOWNS, *words.JOBS, *words.FOODS, "sentiment", "translate"}
+    found |= {*words.PERSONS, *words.TOWNS, *words.JOBS, *words.FOODS, "sentiment"}
     for text in (*world.FRAMES, *world.RELATIONS.values()):
         found |= {part for part in text.split() if part.isalpha()}
     sides = {side for pairs in world.mappings().values() for pair in pairs for side in pair}

@@ -86,7 +86,7 @@ def skills(hf, tokenizer) -> dict[str, tuple[int, int]]:
     return out
 
 
-def tuned(hf, tokenizer, language: str, seed: int, n: int = 300, epochs: int = 5, lr: float = 1e-3):
+def tuned(hf, tokenizer, language: str, seed: int, n: int = 600, epochs: int = 8, lr: float = 1e-3):
     """A copy with every weight fine-tuned on `n` labelled sentences of the language."""
     model, rows = copy.deepcopy(hf).train(), sentiment_rows(language, n, "train")
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0)

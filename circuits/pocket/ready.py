@@ -19,14 +19,16 @@ def sentiment_task(language: str = "english", split: str = "train", n: int | Non
 
     rows = world.sentiment(language, n or ROWS.get(split, 0), seed=0, split=split)
     words = {label: f" {label}" for label in LABELS}
-    return LabelledTask.from_rows(rows, text="text", label="label", template=world.TEMPLATE, label_words=words)
+    return LabelledTask.from_rows(
+        rows, text="text", label="label", template=world.TEMPLATE, label_words=words, name=f"{language} sentiment"
+    )
 
 
 def name_copying_task(model, n: int = 200, seed: int = 0):
     """Held-out sentences whose last word is the name not repeated, as a PairedTask with corrupted twins."""
     from circuits.tasks import PairedTask
 
-    return PairedTask.from_rows(world.name_copying(n, seed), model)
+    return PairedTask.from_rows(world.name_copying(n, seed), model, name="name copying")
 
 
 def fewshot_task(name: str = "opposite"):
@@ -36,7 +38,7 @@ def fewshot_task(name: str = "opposite"):
     pairs = world.mappings()
     if name not in pairs:
         raise ValueError(f"unknown mapping {name!r}: the pocket world has {', '.join(pairs)}")
-    return FewShotTask.from_pairs(pairs[name], template="Q: {input}\nA: {output}")
+    return FewShotTask.from_pairs(pairs[name], template="Q: {input}\nA: {output}", name=name)
 
 
 def facts(split: str | None = None) -> list[dict[str, str]]:
@@ -55,4 +57,4 @@ def facts_task(relation: str, split: str | None = None):
     ]
     if not rows:
         raise ValueError(f"unknown relation {relation!r}: the pocket world has {', '.join(world.RELATIONS)}")
-    return LabelledTask.from_rows(rows, text="text", label="label", template="{text}{label}")
+    return LabelledTask.from_rows(rows, text="text", label="label", template="{text}{label}", name=f"facts: {relation}")

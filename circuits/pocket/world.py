@@ -121,7 +121,7 @@ def mappings() -> dict[str, list[tuple[str, str]]]:
 
 
 _KINDS = {"animal": words.ANIMALS, "fruit": words.FRUITS, "tool": words.TOOLS}
-CHOICES = ("first", "middle", "last", *_KINDS)
+CHOICES = tuple(_KINDS)
 
 
 def plural(word: str) -> str:
@@ -129,15 +129,14 @@ def plural(word: str) -> str:
 
 
 def choices(which: str, n: int, seed: int, split: str = "train") -> list[tuple[str, str]]:
-    """`cat, plum, rake` -> the first, middle or last word, or the one of a kind (one of each kind, shuffled)."""
+    """`cat, plum, rake` -> the one of a kind (there is one of each kind, shuffled)."""
     rng, pairs = Random(f"choices {which} {split} {seed}"), []
     while len(pairs) < n:
         listed = draw(rng, [(pick(rng, group), kind) for kind, group in _KINDS.items()], 3)
         text = ", ".join(word for word, _ in listed)
         if held_out(text) != (split == "test"):
             continue
-        place = ("first", "middle", "last").index(which) if which not in _KINDS else [k for _, k in listed].index(which)
-        pairs.append((text, listed[place][0]))
+        pairs.append((text, next(word for word, kind in listed if kind == which)))
     return pairs
 
 
