@@ -13,6 +13,10 @@ from .encoding import Encoded as Encoded, Evaluation as Evaluation, evaluate as 
 # methods
 from .cdt import Node as Node, decompose as decompose, relevance as relevance
 from .discovery import discover as discover
+from .head_graph import HeadGraph as HeadGraph, head_to_head as head_to_head
+from .gates import learned_gates as learned_gates
+from .judge import compare_methods as compare_methods, cpr_cmd as cpr_cmd
+from .interchange import read_circuit as read_circuit, write_mib as write_mib
 from .means import mean_activations as mean_activations
 from .attribution import ablation as ablation, gradient as gradient, integrated_gradients as integrated_gradients
 from .faithful import FaithfulnessCurve as FaithfulnessCurve, faithfulness as faithfulness

@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from . import sharding
 from .blocks import Program, read
 from .carrier import Node
 from .encoding import Encoded
@@ -66,6 +67,7 @@ def relevance(
     sources: str | Iterable[Head] = "heads",
     targets: Iterable[Head] | None = None,
     per_position: bool = False,
+    screen: float | int | None = None,
     batch_size: int | None = None,
     memory: int = DEFAULT_MEMORY,
     progress: bool = True,
@@ -74,10 +76,14 @@ def relevance(
 
     `targets=None` scores at the logits (eq. 4); heads as targets score by eq. 6, averaged over the targets.
     `means`: "label-balanced", "task", "corrupted", "zero" (see `means`), or a tensor; `per_position` averages column by column.
+    `screen`: first one gradient pass, then only the heads (a share such as 0.1, or a number) whose gradient estimate is largest
+    in magnitude are decomposed; the others score 0.
     """
     heads = _chosen(model, sources)
     encoded = task.encode(model)
     mean = reference(model, task, means, per_position, batch_size, encoded.tokens.shape[1])
+    if screen is not None:
+        heads = _shortlist(model, task, mean, heads, screen)
     nodes = [[Node(head.layer, head.head)] for head in heads]
     check_sources(model, nodes, encoded.tokens.shape[1], rules)
     options = dict(batch_size=batch_size, memory=memory, progress=progress)
@@ -101,19 +107,32 @@ def relevance(
             "rules": rules,
             "means": means if isinstance(means, str) else "given",
             "per_position": per_position,
+            **({} if screen is None else {"screen": screen, "screened": len(heads)}),
             **({} if targets is None else {"targets": " ".join(map(str, goals))}),
         },
     )
 
 
+def _shortlist(model: Model, task: Task, mean: Tensor, heads: list[Head], screen: float | int) -> list[Head]:
+    """The heads with the largest |attribution-patching estimate|, which costs two forward passes for all of them."""
+    from .attribution import gradient
+
+    size = screen if isinstance(screen, int) else max(1, round(screen * len(heads)))
+    if not 0 < size <= len(heads):
+        raise ValueError(f"screen={screen}; expected a share of the {len(heads)} heads (0.1) or a number of them")
+    estimate = gradient(model, task, reference=mean, progress=False)
+    return sorted(sorted(heads, key=lambda head: -abs(estimate[head]))[:size])
+
+
 def logit_scores(
     program: Program, model: Model, encoded: Encoded, nodes: list[list[Node]], means: Tensor, rules: str, **options
 ) -> Float[Tensor, "source example"]:
-    """Eq. 4 for each source and example."""
+    """Eq. 4 for each source and example (examples are shared out when several processes run)."""
     columns = encoded.columns.to(model.device)
-    beta = propagate(program, _read_once(model, encoded), nodes, means, rules, columns, **options)
+    mine = encoded.select(sharding.share(len(encoded)))
+    beta = propagate(program, _read_once(model, mine), nodes, means, rules, columns, **options)
     assert beta is not None
-    return (beta[:, :, 0] * encoded.direction.to(beta)).sum(-1)
+    return sharding.gather((beta[:, :, 0] * mine.direction.to(beta)).sum(-1), len(encoded))
 
 
 def target_scores(
@@ -127,8 +146,9 @@ def target_scores(
     **options,
 ) -> Float[Tensor, "source target example"]:
     """Eq. 6 for each source, target head and example; 0 for sources that do not come before the target."""
-    directions = task_directions(program, encoded)  # example d_model
-    scores = torch.zeros(len(nodes), len(targets), len(encoded.tokens), device=model.device)
+    mine = encoded.select(sharding.share(len(encoded)))
+    directions = task_directions(program, mine)  # example d_model
+    scores = torch.zeros(len(nodes), len(targets), len(mine), device=model.device)
 
     def measure(layer: int, site: str, beta: Tensor, total: Tensor, indices: Tensor, examples: slice) -> None:
         for column, target in enumerate(targets):
@@ -137,10 +157,10 @@ def target_scores(
                 scores[indices, column, examples] = (written * directions[examples].to(beta)).sum(-1).to(scores)
 
     sites = {target.layer: ("z",) for target in targets}
-    batch = _read_once(model, encoded)
+    batch = _read_once(model, mine)
     propagate(program, batch, nodes, means, rules, None, sites, measure, **options)
     before = torch.tensor([[n[0].layer < t.layer for t in targets] for n in nodes], device=model.device)
-    return scores * before[:, :, None]
+    return sharding.gather(scores * before[:, :, None], len(encoded))
 
 
 def task_directions(program: Program, encoded: Encoded) -> Float[Tensor, "example d_model"]:
