@@ -39,6 +39,7 @@ def ablation(
     *,
     ablate: str = "mean",
     means: str = "label-balanced",
+    per_position: bool = False,
     heads: Circuit | Iterable[Head] | None = None,
     positions: str = "all",
     reference: Float[Tensor, "layer *position head d_head"] | None = None,
@@ -52,7 +53,18 @@ def ablation(
     """
     chosen = _chosen(model, heads)
     return _score(
-        "ablation", _ablate_batch, model, task, ablate, means, positions, reference, batch_size, progress, heads=chosen
+        "ablation",
+        _ablate_batch,
+        model,
+        task,
+        ablate,
+        means,
+        per_position,
+        positions,
+        reference,
+        batch_size,
+        progress,
+        heads=chosen,
     )
 
 
@@ -62,13 +74,26 @@ def gradient(
     *,
     ablate: str = "mean",
     means: str = "label-balanced",
+    per_position: bool = False,
     positions: str = "all",
     reference: Float[Tensor, "layer *position head d_head"] | None = None,
     batch_size: int | None = None,
     progress: bool = True,
 ) -> HeadScores:
     """Attribution patching: (z - reference) . d margin / d z, every head from one forward and one backward."""
-    return _score("gradient", _gradient_batch, model, task, ablate, means, positions, reference, batch_size, progress)
+    return _score(
+        "gradient",
+        _gradient_batch,
+        model,
+        task,
+        ablate,
+        means,
+        per_position,
+        positions,
+        reference,
+        batch_size,
+        progress,
+    )
 
 
 def integrated_gradients(
@@ -78,6 +103,7 @@ def integrated_gradients(
     steps: int = 5,
     ablate: str = "mean",
     means: str = "label-balanced",
+    per_position: bool = False,
     positions: str = "all",
     reference: Float[Tensor, "layer *position head d_head"] | None = None,
     batch_size: int | None = None,
@@ -93,6 +119,7 @@ def integrated_gradients(
         task,
         ablate,
         means,
+        per_position,
         positions,
         reference,
         batch_size,
@@ -176,6 +203,7 @@ def _score(
     task: Task,
     ablate: str,
     means: str,
+    per_position: bool,
     positions: str,
     reference: Tensor | None,
     batch_size: int | None,
@@ -184,7 +212,8 @@ def _score(
 ) -> HeadScores:
     if positions not in ("all", "readout"):
         raise ValueError(f"positions={positions!r}; expected 'all' or 'readout'")
-    reference = reference_activations(model, task, ablate, means, batch_size) if reference is None else reference
+    if reference is None:
+        reference = reference_activations(model, task, ablate, means, per_position, batch_size)
     encoded = task.encode(model)
     rows = rows_that_fit(model, encoded, batch_size)
     values = torch.zeros(len(encoded), model.anatomy.n_layers, model.anatomy.n_heads)
@@ -198,14 +227,14 @@ def _score(
         examples=values,
         model=model.name,
         revision=model.revision,
-        options={"ablate": ablate, "means": means, "positions": positions, **described},
+        options={"ablate": ablate, "means": means, "per_position": per_position, "positions": positions, **described},
         data=task.fingerprint,
         task=task.name,
     )
 
 
 def reference_activations(
-    model: Model, task: Task, ablate: str, means: str, batch_size: int | None = None
+    model: Model, task: Task, ablate: str, means: str, per_position: bool = False, batch_size: int | None = None
 ) -> Float[Tensor, "layer *position head d_head"] | None:
     """What replaces a head: its mean, zero, or (None) its z on each example's corrupted twin."""
     if ablate not in ABLATIONS:
@@ -213,7 +242,8 @@ def reference_activations(
     if ablate == "resample":
         _check_twins(task.encode(model))
         return None
-    return mean_activations(model, task, means="zero" if ablate == "zero" else means, batch_size=batch_size)
+    kind = "zero" if ablate == "zero" else means
+    return mean_activations(model, task, kind, per_position, batch_size)
 
 
 def _check_twins(encoded: Encoded) -> None:

@@ -162,6 +162,7 @@ def faithfulness(
     *,
     ablate: str = "mean",
     means: str = "label-balanced",
+    per_position: bool = False,
     sizes: Sequence[int] | None = None,
     controls: int = 10,
     seed: int = 0,
@@ -188,7 +189,7 @@ def faithfulness(
     everything = Circuit(model.anatomy.heads())
     runs = [everything, Circuit([]), *bound, *(near_zero or []), *(c for row in random for c in row)]
     keep = torch.stack([_mask(circuit, *shape) for circuit in runs])
-    margin, correct = _run(model, task, keep, ablate, means, batch_size, progress)
+    margin, correct = _run(model, task, keep, ablate, means, per_position, batch_size, progress)
     k, n = len(bound), len(margin[0])
     after = 2 + k + (k if near_zero else 0)
     method = scores_or_circuit.method if isinstance(scores_or_circuit, HeadScores) else "circuit"
@@ -212,6 +213,7 @@ def faithfulness(
             "method": method,
             "ablate": ablate,
             "means": means,
+            "per_position": per_position,
             "seed": seed,
             "n_layers": shape[0],
             "n_heads": shape[1],
@@ -225,11 +227,12 @@ def _run(
     keep: Bool[Tensor, "circuit layer head"],
     ablate: str,
     means: str,
+    per_position: bool,
     batch_size: int | None,
     progress: bool,
 ) -> tuple[Float[Tensor, "circuit example"], Bool[Tensor, "circuit example"]]:
     """Margins and correctness of the task with only the kept heads alive, many circuits per forward."""
-    reference = reference_activations(model, task, ablate, means, batch_size)
+    reference = reference_activations(model, task, ablate, means, per_position, batch_size)
     encoded = task.encode(model)
     rows = rows_that_fit(model, encoded, batch_size)
     # Circuits share forwards: identical ones (every control of an empty or full circuit) are run once.
@@ -263,7 +266,7 @@ def _kept_logits(
 def _against(model: Model, batch: Encoded, reference: Tensor | None) -> Float[Tensor, "layer #batch #position head d"]:
     """What stands in for an ablated head: its mean everywhere, or its z on the twin."""
     if reference is not None:
-        return reference[:, None, None]
+        return reference[:, None, None] if reference.ndim == 3 else reference[:, None, : batch.tokens.shape[1]]
     assert batch.corrupted is not None
     with torch.no_grad(), record(model, "z") as twin:
         model.hidden(batch.corrupted.tokens, batch.corrupted.attention_mask)

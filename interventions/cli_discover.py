@@ -50,6 +50,10 @@ def discover(
     ] = 0,
     competence_epochs: Annotated[int, typer.Option(help="Epochs of competence tuning.")] = 5,
     competence_lr: Annotated[float, typer.Option(help="Learning rate of competence tuning.")] = 5e-5,
+    means: Annotated[
+        str, typer.Option(help="Average over: label-balanced, task, corrupted or zero.")
+    ] = "label-balanced",
+    per_position: Annotated[bool, typer.Option(help="One mean per position: for prompts of one length.")] = False,
     ablate: Annotated[
         str, typer.Option(help="Faithfulness: mean, zero or resample (paired data with twins).")
     ] = "mean",
@@ -69,7 +73,7 @@ def discover(
         _make_competent(loaded, pool, held or pool, competence, competence_epochs, competence_lr, seed, out, json_)
     found = find(
         loaded, pool, held or pool, method, depth=depth, per_depth=per_depth, heads=heads, examples=examples,
-        ablate=ablate, controls=controls, seed=seed, quiet=json_,
+        means=means, per_position=per_position, ablate=ablate, controls=controls, seed=seed, quiet=json_,
     )  # fmt: skip
     out.mkdir(parents=True, exist_ok=True)  # from here on nothing can be wrong with the input
     found.save(out)
@@ -120,6 +124,8 @@ def find(
     per_depth: float = 0.02,
     heads: int | None = None,
     examples: int = 50,
+    means: str = "label-balanced",
+    per_position: bool = False,
     ablate: str = "mean",
     controls: int = 10,
     seed: int = 0,
@@ -131,14 +137,15 @@ def find(
     accuracy, chance = _competence(model, held)
     say(f"accuracy {accuracy:.3f} on {len(held)} rows kept aside (most frequent answer: {chance:.3f})", quiet)
     chosen = _scoring_set(model, pool, examples, seed)
-    resample = {"ablate": ablate} if method != "relevance" else {}
-    scores = getattr(circuits, method)(model, chosen, progress=not quiet, **resample)
+    average = {"means": means, "per_position": per_position}
+    how = average if method == "relevance" else {"ablate": ablate, **average}
+    scores = getattr(circuits, method)(model, chosen, progress=not quiet, **how)
     if heads is None and method == "relevance":
-        circuit = circuits.discover(model, chosen, depth=depth, per_depth=per_depth, progress=not quiet)
+        circuit = circuits.discover(model, chosen, depth=depth, per_depth=per_depth, progress=not quiet, **average)
     else:
         k = heads or max(1, round(per_depth * scores.values.numel())) * (depth + 1)
         circuit = scores.top(k)
-    options = {"ablate": ablate, "controls": controls, "seed": seed, "progress": not quiet}
+    options = {"ablate": ablate, **average, "controls": controls, "seed": seed, "progress": not quiet}
     curve = circuits.faithfulness(model, held, scores, **options)
     point = circuits.faithfulness(model, held, circuit, **options)
     return Found(scores, circuit, curve, point, chosen, accuracy, chance)

@@ -7,6 +7,9 @@ from typing import Any
 
 import torch
 
+from circuits.encoding import Encoded
+from circuits.tasks import Task
+
 VOCABULARY = 61
 SIZES = dict(
     vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=3, num_attention_heads=4, max_position_embeddings=64,
@@ -81,7 +84,7 @@ def ragged(n: int = 3, lengths: tuple[int, ...] = (9, 5, 7), seed: int = 0) -> l
 
 
 @dataclass
-class TokenTask:
+class TokenTask(Task):
     """A task of token ids: three columns, ragged rows, twins of the same length; no tokenizer needed."""
 
     side: str = "right"
@@ -104,8 +107,6 @@ class TokenTask:
         return encoded if self.rows is None else encoded.select(self.rows)
 
     def _encode(self, model: Any, seed: int) -> Any:
-        from circuits import Encoded
-
         tokens, mask = model.pad(ragged(self.n, seed=seed), side=self.side)
         columns = torch.tensor([0, 1, 2] if model.kind == "classifier" else [7, 11, 30])
         gold = torch.arange(self.n) % 3

@@ -153,6 +153,24 @@ def test_means_per_position():
     assert torch.allclose(found[:, 6], torch.stack(at_six).mean(0), atol=1e-5)
 
 
+def test_ablation_to_the_mean_of_each_position():
+    model, task = shared_tiny("gpt2"), TokenTask(n=5)
+    encoded = task.encode(model)
+    means = mean_activations(model, task, per_position=True)
+    head = Head(1, 3)
+
+    def overwrite(z, layer):
+        z = z.clone()
+        if layer == head.layer:
+            z[:, :, head.head] = means[head.layer, : z.shape[1], head.head]
+        return z
+
+    expected = by_hand(model, encoded) - by_hand(model, encoded, overwrite)
+    scores = ablation(model, task, per_position=True, batch_size=2, progress=False)
+    assert torch.allclose(scores.examples[:, 1, 3], expected, atol=2e-5)
+    assert not torch.allclose(scores.values, ablation(model, task, progress=False).values, atol=1e-3)
+
+
 def test_class_means_by_arithmetic():
     sums = torch.tensor([6.0, 4.0, 0.0]).double().view(3, 1, 1, 1)
     counts = torch.tensor([3.0, 1.0, 0.0]).double()

@@ -83,6 +83,15 @@ def test_zero_and_resample_are_other_references():
     assert torch.allclose(found[2].empty, encoded.margin(logits), atol=2e-5)
 
 
+def test_means_per_position_stand_in_at_their_position():
+    model, task = shared_tiny("llama"), TokenTask(n=6)
+    encoded, means = task.encode(model), mean_activations(model, task, per_position=True)
+    with torch.no_grad(), rewrite(model, "z", lambda z, layer: means[layer].expand_as(z)):
+        logits = model.logits(encoded.tokens, encoded.attention_mask, encoded.readout, encoded.columns)
+    found = faithfulness(model, task, Circuit(CIRCUIT), per_position=True, controls=0, batch_size=2, progress=False)
+    assert torch.allclose(found.empty, encoded.margin(logits), atol=2e-5)
+
+
 def test_normalise_by_arithmetic():
     full, empty = torch.tensor([3.0, 5.0]), torch.tensor([0.0, 2.0])
     assert normalise(torch.tensor([[1.0, 5.0], [3.0, 5.0]]), empty, full).tolist() == pytest.approx([2 / 3, 1.0])
