@@ -15,7 +15,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -138,41 +138,28 @@ def select_heads(
     data = {name: _split(tasks[name], held[name] if held else None, seed) for name in tasks}
     vectors = torch.stack([check_embedding(model, embeddings[name]) for name in tasks])
     draws = _draws([len(train) for train, _ in data.values()], steps, batch_size, seeds, seed)
-    fit = _fit(
-        model, list(data.values()), vectors, draws, lr, validate_every, patience, l1, chg, prefix_cache, progress
+    settings = _Settings(lr, validate_every, patience, l1, chg, prefix_cache, progress)
+    fit = _fit(model, list(data.values()), vectors, draws, settings)
+    meta = dict(
+        method="site",
+        model=model.name,
+        revision=model.revision,
+        seed=seed,
+        seconds=time.perf_counter() - started,
+        options=dict(steps=steps, lr=lr, batch_size=batch_size, seeds=seeds, l1=l1, chg=chg, units="alpha"),
     )
-    seconds = time.perf_counter() - started
-    options = {
-        "steps": steps,
-        "lr": lr,
-        "batch_size": batch_size,
-        "seeds": seeds,
-        "l1": l1,
-        "chg": chg,
-        "units": "alpha",
-    }
-    found = {}
-    for number, name in enumerate(tasks):
-        theta, losses = fit.theta[number], fit.curve[:, number]
-        alpha = torch.sigmoid(theta)
-        found[name] = HeadSelection(
-            values=alpha.mean(0),
-            method="site",
-            examples=alpha if seeds > 1 else None,
-            model=model.name,
-            revision=model.revision,
-            task=tasks[name].name,
-            data=tasks[name].fingerprint,
-            seed=seed,
-            options=options,
-            theta=theta,
-            validation=losses.min(0).values,
-            curve=losses,
-            checks=fit.checks,
-            best_step=tuple(fit.checks[index] for index in losses.argmin(0).tolist()),
-            seconds=seconds,
-        )
+    found = {name: _selection(fit, number, tasks[name], meta) for number, name in enumerate(tasks)}
     return found if many else found[""]
+
+
+class _Settings(NamedTuple):
+    lr: float
+    validate_every: int
+    patience: int | None
+    l1: float
+    chg: float
+    prefix_cache: bool
+    progress: bool
 
 
 @dataclass
@@ -180,6 +167,24 @@ class _Fit:
     theta: Float[Tensor, "task seed layer head"]
     curve: Float[Tensor, "check task seed"]
     checks: tuple[int, ...]
+
+
+def _selection(fit: _Fit, number: int, task: FewShotTask, meta: dict[str, Any]) -> HeadSelection:
+    """One task's share of a fit."""
+    theta, losses = fit.theta[number], fit.curve[:, number]
+    alpha = torch.sigmoid(theta)
+    return HeadSelection(
+        values=alpha.mean(0),
+        examples=alpha if len(alpha) > 1 else None,
+        task=task.name,
+        data=task.fingerprint,
+        theta=theta,
+        validation=losses.min(0).values,
+        curve=losses,
+        checks=fit.checks,
+        best_step=tuple(fit.checks[index] for index in losses.argmin(0).tolist()),
+        **meta,
+    )
 
 
 def _split(task: FewShotTask, validation: FewShotTask | None, seed: int) -> tuple[FewShotTask, FewShotTask]:
@@ -208,37 +213,32 @@ def _fit(
     data: Sequence[tuple[FewShotTask, FewShotTask]],
     vectors: Float[Tensor, "task layer head d_head"],
     draws: Int[Tensor, "step task seed batch"],
-    lr: float | int,
-    validate_every: int,
-    patience: int | None,
-    l1: float | int,
-    chg: float | int,
-    prefix_cache: bool,
-    progress: bool,
+    settings: _Settings,
 ) -> _Fit:
     steps, tasks, seeds, _ = draws.shape
-    train, draws = _encode_drawn(model, [rows for rows, _ in data], draws, prefix_cache)
-    held = [PrefixCache(model, encode_prompts(model, rows.prompts()), reuse=prefix_cache) for _, rows in data]
+    reuse, penalties = settings.prefix_cache, (settings.l1, settings.chg)
+    train, draws = _encode_drawn(model, [rows for rows, _ in data], draws, reuse)
+    held = [PrefixCache(model, encode_prompts(model, rows.prompts()), reuse=reuse) for _, rows in data]
     embedding = vectors.repeat_interleave(seeds, 0)
     theta = torch.zeros(tasks * seeds, *vectors.shape[1:3], device=vectors.device, requires_grad=True)
-    optimizer = torch.optim.Adam([theta], lr=lr)
-    curve, checks = [_validate(held, theta, embedding) + penalty(theta.detach(), l1, chg)], [0]
-    best, best_theta = curve[0].clone(), theta.detach().clone()
-    stale = 0
+    optimizer = torch.optim.Adam([theta], lr=settings.lr)
+    curve, checks = [_validate(held, theta.detach(), embedding) + penalty(theta.detach(), *penalties)], [0]
+    best, best_theta, stale = curve[0], theta.detach().clone(), 0
     with frozen(model.hf):
-        for step in track(range(steps), "head selection", enabled=progress):
+        for step in track(range(steps), "head selection", enabled=settings.progress):
             loss = site_loss(train, draws[step].flatten(0, 1).to(theta.device), theta, embedding)
-            (theta.grad,) = torch.autograd.grad((loss + penalty(theta, l1, chg)).sum(), [theta])
+            (theta.grad,) = torch.autograd.grad((loss + penalty(theta, *penalties)).sum(), [theta])
             optimizer.step()
-            if (step + 1) % validate_every and step + 1 < steps:
+            if (step + 1) % settings.validate_every and step + 1 < steps:
                 continue
-            curve.append(_validate(held, theta, embedding) + penalty(theta.detach(), l1, chg))
+            now = theta.detach()
+            curve.append(_validate(held, now, embedding) + penalty(now, *penalties))
             checks.append(step + 1)
             better = curve[-1] < best
             best = torch.where(better, curve[-1], best)
-            best_theta = torch.where(better[:, None, None], theta.detach(), best_theta)
+            best_theta = torch.where(better[:, None, None], now, best_theta)
             stale = 0 if better.any() else stale + 1
-            if patience is not None and stale >= patience:
+            if settings.patience is not None and stale >= settings.patience:
                 break
     shape = (tasks, seeds)
     return _Fit(best_theta.cpu().unflatten(0, shape), torch.stack(curve).cpu().unflatten(1, shape), tuple(checks))

@@ -19,7 +19,7 @@ from circuits.fewshot import encode_prompts
 from circuits.prefix import frozen, mix
 from interventions import inject
 
-SEEDS = (0, 1, 2)
+SEEDS = (0, 1)
 REPEATS = 15
 
 
@@ -56,9 +56,10 @@ def plain_loop(model, train, held, embedding, steps=400, lr=0.2, validate_every=
 
 
 def timed(run):
-    started = time.perf_counter()
+    """CPU seconds of this process: on one thread, and not disturbed by what else runs on the machine."""
+    started = time.process_time()
     result = run()
-    return result, time.perf_counter() - started
+    return result, time.process_time() - started
 
 
 def fits(model, train, held, embedding):
@@ -81,6 +82,7 @@ def fits(model, train, held, embedding):
             found, spent = timed(lambda way=way, seed=seed: way(seed))
             losses[name].append(found if isinstance(found, float) else found.validation.mean().item())
             seconds[name].append(spent)
+            print(f"seed {seed}, {name}: {spent:.2f} s", file=sys.stderr, flush=True)
     return [(name, losses[name], seconds[name]) for name in ways]
 
 
@@ -101,6 +103,7 @@ def inference(model, task, embedding, selection):
 
 
 def main() -> None:
+    torch.set_num_threads(1)
     name, mapping = (sys.argv[1:] + ["pocket", "last_of_3"][len(sys.argv) - 1 :])[:2]
     model = load(name)
     path = Path(mapping)
@@ -110,14 +113,14 @@ def main() -> None:
     rows = fits(model, train, held, embedding)
     base = statistics.mean(rows[0][2])
     print(f"{model.name}, {task.name}: {len(train)} training rows, {len(held)} validation rows, seeds {SEEDS}\n")
-    print("| fit | best validation loss (mean, range) | seconds (mean) | speed-up |\n|---|---|---|---|")
+    print("| fit | best validation loss (mean, range) | CPU seconds (mean) | speed-up |\n|---|---|---|---|")
     for label, losses, seconds in rows:
         low, high, spent = min(losses), max(losses), statistics.mean(seconds)
         print(
             f"| {label} | {statistics.mean(losses):.4f} [{low:.4f}, {high:.4f}] | {spent:.2f} | {base / spent:.1f}x |"
         )
     times, ratio = inference(model, task, embedding, select_heads(model, train, embedding, steps=20, progress=False))
-    print(f"\n| 16 prompts, 10 new tokens, median of {REPEATS} | ms |\n|---|---|")
+    print(f"\n| 16 prompts, 10 new tokens, median of {REPEATS} | CPU ms |\n|---|---|")
     for label, value in times.items():
         print(f"| {label} | {1000 * value:.1f} |")
     print(f"\ninjected / zero-shot, median of paired ratios: {ratio:.3f}")
