@@ -110,16 +110,23 @@ def compare_methods(
     """Run each method, and measure its ranking on the held-out task. `k` (default: the known circuit's size, or a tenth)."""
     total = oracle.values.numel()
     k = k or (len(known) if known is not None else max(1, total // 10))
-    wanted = sorted({max(1, round(p * total / 100)) for p in PERCENT if p * total >= 50} | {total})
+    sizes = [int(p * total / 100 + 0.5) for p in PERCENT]  # below half a head nothing is kept and f = 0
     verdicts = []
     for name, method in methods.items():
         begin = time.perf_counter()
         scores = method()
         seconds = time.perf_counter() - begin
-        curve = faithfulness(model, held, scores, ablate=ablate, sizes=wanted, controls=0, seed=seed, progress=progress)
+        curve = faithfulness(
+            model,
+            held,
+            scores,
+            ablate=ablate,
+            sizes=sorted({s for s in sizes if s}),
+            controls=0,
+            seed=seed,
+            progress=progress,
+        )
         kept = dict(zip((int(s) for s in curve.sizes), curve.faithfulness.tolist(), strict=True))
-        # MIB keeps floor-many components; below one head nothing is kept and f = 0.
-        sizes = [int(p * total / 100 + 0.5) for p in PERCENT]
         f = [kept[size] if size else 0.0 for size in sizes]
         cpr, cmd = cpr_cmd(PERCENT, f)
         agreement = scores.correlation(oracle)
