@@ -65,6 +65,9 @@ def discover(
 ) -> None:
     options = dict(locals()) | {"label_words": parse_pairs(label_words, "--label-words")}
     _check(method, holdout, out)
+    from circuits import sharding
+
+    sharding.start()  # under `accelerate launch` the examples are shared out over the processes
     loaded = load_model(model)
     pool, held = read_task(data, loaded, options), None
     if holdout:
@@ -73,8 +76,10 @@ def discover(
         _make_competent(loaded, pool, held or pool, competence, competence_epochs, competence_lr, seed, out, json_)
     found = find(
         loaded, pool, held or pool, method, depth=depth, per_depth=per_depth, heads=heads, examples=examples,
-        means=means, per_position=per_position, ablate=ablate, controls=controls, seed=seed, quiet=json_,
+        means=means, per_position=per_position, ablate=ablate, controls=controls, seed=seed, quiet=json_ or not sharding.first(),
     )  # fmt: skip
+    if not sharding.first():
+        return
     out.mkdir(parents=True, exist_ok=True)  # from here on nothing can be wrong with the input
     found.save(out)
     found.save_inside(loaded, out, quiet=json_)

@@ -131,10 +131,12 @@ def heads() -> None:
 
         times[name] = seconds(run)
         common = len(found[name].top(10, by="magnitude") & oracle.top(10, by="magnitude"))
-        ratio = times[name] / times["exact" if name.startswith("screen") else "ablation"]
         against = "exact" if name.startswith("screen") else "ablation"
-        print(f"| 144 heads x {PROMPTS} prompts x 32 tokens, {name} | {times[name]:.1f} s | {against} {times[against]:.1f} s | {ratio:.2f}x "
-              f"| top 10 by size shared with ablation: {common} |", flush=True)  # fmt: skip
+        print(
+            f"| 144 heads x {PROMPTS} prompts x 32 tokens, {name} | {times[name]:.1f} s | {against} {times[against]:.1f} s "
+            f"| {times[name] / times[against]:.2f}x | top 10 by size shared with ablation: {common} |",
+            flush=True,
+        )
 
 
 def memory() -> None:
