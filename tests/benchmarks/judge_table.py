@@ -142,7 +142,9 @@ def one_shot(model, task, known: Circuit) -> None:
     """Which known heads the logits alone find, and which backward discovery adds, at the same number of heads."""
     k = len(known)
     size = 3 * k // 2
-    print(f"\nKnown heads found:\n\n| rules | top {k} | top {size} | discovered ({size} heads, depth 2) | found by depth |")
+    print(
+        f"\nKnown heads found:\n\n| rules | top {k} | top {size} | discovered ({size} heads, depth 2) | found by depth |"
+    )
     print("|---|--:|--:|--:|---|")
     for rules in ("exact", "frozen", "paper"):
         options = dict(means="corrupted", per_position=True, rules=rules, progress=False)
