@@ -16,9 +16,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from . import sharding
-from .blocks import Program, read
+from .blocks import Program
 from .carrier import Node
 from .encoding import Encoded
+from .families import read
 from .heads import Circuit, Head, HeadScores
 from .means import mean_activations
 from .model import Model

@@ -16,10 +16,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from .blocks import Program, read
+from .blocks import Program
 from .carrier import Node
 from .cdt import check_sources, logit_scores, reference, target_scores
 from .encoding import Encoded
+from .families import read
 from .heads import Circuit, Head
 from .model import Model
 from .propagation import DEFAULT_MEMORY

@@ -16,9 +16,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from .blocks import read
 from .carrier import Node
 from .cdt import check_sources, reference, task_directions
+from .families import read
 from .files import load_tensors, save_tensors
 from .heads import Circuit, Head
 from .model import Model
@@ -116,8 +116,7 @@ def head_to_head(
                 values[indices, column] += per_example.sum(1).to(values)
 
         sites = {target.layer: (site,) for target in found[1]}
-        options = dict(batch_size=batch_size, memory=memory, progress=progress)
-        propagate(program, batch, nodes, mean, rules, None, sites, measure, **options)
+        propagate(program, batch, nodes, mean, rules, None, sites, measure, batch_size, memory, progress)
     before = torch.tensor([[s.layer < t.layer for t in found[1]] for s in found[0]], device=model.device)
     about = {"model": model.name, "task": task.name, "data": task.fingerprint, "n": len(encoded), "rules": rules}
     return HeadGraph((values * before / len(encoded)).cpu(), found[0], found[1], site, score, about)

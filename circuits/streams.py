@@ -113,7 +113,8 @@ class Values:
         return self._keep(site, x)
 
     def mix(self, block: Block, q: Tensor, k: Tensor, v: Tensor, frame: Frame) -> Tensor:
-        self._keep("q_rotated", q), self._keep("k_rotated", k), self._keep("v_heads", v)
+        for site, x in (("q_rotated", q), ("k_rotated", k), ("v_heads", v)):
+            self._keep(site, x)
         if self.prefix is not None:
             k, v = (
                 torch.cat((p.expand(len(x), -1, -1, -1, -1), x), 2) for p, x in zip(self.prefix, (k, v), strict=True)

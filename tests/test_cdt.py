@@ -187,3 +187,61 @@ def test_paper_rules_give_the_published_numbers_for_nodes(published):
     assert relative(beta[..., [0, 1, 3], :], theirs[..., [0, 1, 3], :]) < 1e-4
     distance = (beta - theirs).norm(dim=-1) / facts["logits"][:, -1].norm(dim=-1)
     assert distance.max() < 3e-3
+
+
+# ---- other dtypes, adapters, bad models -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rules", ["paper", "exact"])
+@pytest.mark.parametrize("family", ["gpt2", "gemma3"])
+def test_bfloat16_agrees_with_float32(family, rules):
+    half, whole = load(tiny(family).bfloat16()), load(tiny(family).bfloat16().float())
+    tokens, means = torch.tensor(ragged(2, (9, 9))), means_of(half)
+    rough, fine = (decompose(m, tokens, SOURCES, means, rules, positions=[-1]) for m in (half, whole))
+    assert rough.dtype == torch.float32 and torch.isfinite(rough).all()
+    assert torch.nn.functional.cosine_similarity(rough.flatten(), fine.flatten(), dim=0) > 0.98
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_adapters_are_part_of_the_model(family):
+    from peft import LoraConfig, get_peft_model
+
+    targets = ["c_attn", "c_proj"] if family == "gpt2" else ["q_proj", "o_proj", "down_proj"]
+    config = LoraConfig(r=2, target_modules=targets, fan_in_fan_out=family == "gpt2", init_lora_weights=False)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = load(get_peft_model(tiny(family), config).eval())
+    tokens, means = torch.tensor(ragged(2, (7, 7))), means_of(model)
+    beta = decompose(model, tokens, [[Node(1, 2)]], means)[0]
+    with torch.no_grad():
+        effect = model(tokens) - ablated(model, tokens, None, [Node(1, 2)], means)
+    assert relative(beta, effect) < 1e-5
+    plain = decompose(load(tiny(family)), tokens, [[Node(1, 2)]], means)[0]
+    assert relative(plain, effect) > 1e-2
+
+
+def test_a_block_that_computes_something_else_is_refused():
+    model = load(tiny("llama"))
+    block = model.hf.model.layers[1]
+    inner = block.mlp.forward
+    block.mlp.forward = lambda x: inner(x) * 1.1
+    with pytest.raises(ValueError, match="block 1 computes something that is not known here"):
+        decompose(model, torch.tensor(ragged(1)), [[Node(0, 0)]], means_of(model))
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"sources": [[Node(7, 0)]]}, "source a7.h0 does not exist"),
+        ({"sources": [[]]}, "at least one Node"),
+        ({"sources": [[Node(0, 0, 40)]]}, "source position 40 does not exist"),
+        ({"positions": [50]}, "positions [50] do not exist"),
+        ({"means": torch.zeros(3, 4, 7)}, "expected [3, (position,) 4, 8]"),
+    ],
+)
+def test_bad_input_says_what_was_expected(options, text):
+    model = shared_tiny("llama")
+    options = {"sources": [[Node(0, 0)]], "means": means_of(model), **options}
+    with pytest.raises(ValueError) as error:
+        decompose(model, torch.tensor(ragged(1)), **options)
+    assert text in str(error.value)
