@@ -8,24 +8,32 @@ import pytest
 
 PROJECT = Path(__file__).resolve().parents[1]
 PAGES = sorted([PROJECT / "README.md", *(PROJECT / "docs").glob("*.md")])
-BLOCK = re.compile(r"^```python(?P<info>[^\n]*)\n(?P<code>.*?)^```", re.M | re.S)
+BLOCK = re.compile(r"^```python(?P<info>[^\n]*)\n(?P<code>.*?)^```\n(?:\s*```text\n(?P<output>.*?)^```)?", re.M | re.S)
+NUMBER = re.compile(r"[-+]?\d+(?:,\d{3})*(?:\.\d+)?")
 
 
-def blocks(page: Path) -> list[tuple[str, str]]:
-    return [(m["info"].strip(), m["code"]) for m in BLOCK.finditer(page.read_text())]
+def blocks(page: Path) -> list[re.Match]:
+    return list(BLOCK.finditer(page.read_text() + "\n"))
 
 
-def runnable(page: Path) -> list[str]:
+def runnable(page: Path) -> list[re.Match]:
     """Blocks marked `python run` are run, in order, in one namespace per page. Others are sketches and need only parse."""
-    return [code for info, code in blocks(page) if info == "run"]
+    return [block for block in blocks(page) if block["info"].strip() == "run"]
+
+
+def compare(printed: str, stated: str) -> None:
+    """The same words; numbers may differ in the last digits, as they do between processors."""
+    assert NUMBER.sub("#", printed).split() == NUMBER.sub("#", stated).split(), printed
+    for found, said in zip(NUMBER.findall(printed), NUMBER.findall(stated), strict=True):
+        assert float(found.replace(",", "")) == pytest.approx(float(said.replace(",", "")), rel=0.05, abs=0.02), printed
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_python_blocks_parse(page):
     if page.name == "reference.md":
         pytest.skip("the reference shows signatures, not programs")
-    for _, code in blocks(page):
-        compile(code, page.name, "exec")
+    for block in blocks(page):
+        compile(block["code"], page.name, "exec")
     assert page.read_text().startswith("# "), "a page begins with its title"
 
 
@@ -33,8 +41,11 @@ def test_python_blocks_parse(page):
 def test_python_blocks_run(page, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     namespace: dict = {"__name__": "__main__"}
-    for code in runnable(page):
-        exec(compile(code, page.name, "exec"), namespace)  # noqa: S102
+    for block in runnable(page):
+        exec(compile(block["code"], page.name, "exec"), namespace)
+        printed = capsys.readouterr().out
+        if block["output"]:
+            compare(printed, block["output"])
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
