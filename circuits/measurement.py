@@ -88,6 +88,12 @@ class Interference:
     def __repr__(self) -> str:
         return f"Interference({len(self.overlaps)} blocks, view={self.view!r}, cosine {self.total.cosine:+.3f})\n{self.table()}"
 
+    def _repr_html_(self) -> str:
+        from .display import table_html
+
+        header, *rows = (line.split() for line in self.table().splitlines())
+        return table_html(f"interference by {self.view}, cosine {self.total.cosine:+.3f}", header, rows)
+
     def save(self, path: str | Path) -> Path:
         """One JSON file."""
         angles = ("angles_left", "angles_right")

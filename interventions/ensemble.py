@@ -67,6 +67,11 @@ class RenyiEnsemble:
         self.settings: dict[str, Any] = {}
         self.log: TrainingLog = TrainingLog()
 
+    def _repr_html_(self) -> str:
+        from html import escape
+
+        return f"<pre>{escape(repr(self))}</pre>"
+
     def __repr__(self) -> str:
         stack = self.stack
         state = f"fitted for {len(self.log.steps)} steps" if self.log.steps else "not fitted"
@@ -159,7 +164,9 @@ class RenyiEnsemble:
             examples = after_texts(rows, self.tokenizer)
             return Prediction(self._probabilities(examples, None, batch_size), (), combine)
         if not hasattr(task, "label_words"):
-            raise ValueError(f"predict answers labelled tasks and texts; got {type(task).__name__}: use score on its rows")
+            raise ValueError(
+                f"predict answers labelled tasks and texts; got {type(task).__name__}: use score on its rows"
+            )
         examples, columns = from_task(self._loaded(), task)
         gold = None if task is not data else task.encode(self._loaded()).gold.cpu()
         return Prediction(self._probabilities(examples, columns, batch_size), tuple(task.label_words), combine, gold)

@@ -207,6 +207,13 @@ class HeadMask:
 
         return lora_config(self, r, **options)
 
+    def _repr_html_(self) -> str:
+        from circuits.display import table_html
+
+        totals = {name: torch.Size(shape).numel() for name, shape in self.shapes.items()}
+        rows = [[name, f"{n:,}", f"{n / totals[name]:.0%}"] for name, n in self.counts().items()]
+        return table_html(repr(self), ["parameter", "values that may move", "share"], rows)
+
     def __repr__(self) -> str:
         kept = ", ".join(f"{key}={value}" for key, value in self.policy.items())
         return f"HeadMask({len(self.circuit)} heads: {self.circuit}; {kept}; {self.n_parameters:,} values may move)"

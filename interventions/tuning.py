@@ -66,6 +66,17 @@ class Tuning:
             raise ValueError(f"no task {name!r} was evaluated; evaluated: {', '.join(self.after)}")
         return self.after[name]["accuracy"] - self.before[name]["accuracy"]
 
+    def _repr_html_(self) -> str:
+        from circuits.display import table_html
+
+        shown = ("accuracy", "macro_f1")
+        rows = [
+            [name, str(after["n"]), *(f"{at[key]:.3f}" for key in shown for at in (self.before[name], after))]
+            for name, after in self.after.items()
+        ]
+        header = ["task", "n", "accuracy before", "after", "macro-F1 before", "after"]
+        return table_html(f"tuned on {self.task}: {self.moved:,} of {self.total:,} values moved", header, rows)
+
     def __repr__(self) -> str:
         width = max(len(name) for name in self.after) + 1
         lines = [f"{'task':<{width}} {'n':>5} {'accuracy':>17} {'macro-F1':>17} {'change':>8}"]
