@@ -80,14 +80,12 @@ def aisp(
     """
     options = Options(n, iterations, float(sigma2), temperature, alpha, horizon, target_ess, standardise, rao_blackwell, step_size,
                       norm_cap, patience)  # fmt: skip
-    prompts, stop = (
-        [prompts] if isinstance(prompts, str) else list(prompts),
-        [stop] if isinstance(stop, str) else list(stop),
-    )
+    prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+    stop = [stop] if isinstance(stop, str) else list(stop)
     decoder, scorer = Decoder(model), Scorer(reward)
     encoded = decoder.encode(prompts)
     seeds = one_seed_each(seed, len(prompts))
-    longest = max_new_tokens or horizon
+    longest = horizon if max_new_tokens is None else max_new_tokens
     limits = decoder.limits(encoded, longest, strict=max_new_tokens is not None)
     searches = [
         Search(text, ids, limit, derive(s, *ids.tolist()), decoder.zeros(horizon))

@@ -112,6 +112,8 @@ class Decoder:
 
     def limits(self, prompts: Sequence[Tokens], longest: int, strict: bool) -> list[int]:
         """Tokens each prompt may get: `longest`, or what its context has left (an error when `strict`)."""
+        if longest < 1:
+            raise ValueError(f"max_new_tokens = {longest} must be at least 1")
         context = getattr(self.config, "max_position_embeddings", None) or 10**9
         room = [context - len(prompt) for prompt in prompts]
         if min(room) < (longest if strict else 1):

@@ -446,6 +446,7 @@ def test_adapters_of_peft_are_decoded_with(family):
         (dict(sigma2=-1.0), "sigma2 = -1.0 must be at least 0"),
         (dict(target_ess=9), r"target_ess = 9 must be in \[1, n\] = \[1, 6\]"),
         (dict(max_new_tokens=63), "shorten the prompt or max_new_tokens"),
+        (dict(max_new_tokens=0), "max_new_tokens = 0 must be at least 1"),
         (dict(seed=[1, 2]), "2 seeds for 3 prompts"),
     ],
 )
