@@ -116,7 +116,7 @@ def train(objective: Objective, alpha: float | int, settings: Settings, accelera
             raise ValueError(f"{members} members on {world} processes; expected a multiple")
         local = whole.part(slice(rank * members // world, (rank + 1) * members // world))
         objective = objective.with_stack(local)
-    optimizer = torch.optim.AdamW(local.parameters(), lr=settings.lr, weight_decay=settings.weight_decay)
+    optimizer = torch.optim.AdamW(local.parameters(), lr=settings.lr, weight_decay=settings.weight_decay, fused=True)
     log = TrainingLog(responsibilities=torch.full((members, len(objective)), float("nan")))
     local.train()
     factor = members if settings.scale_by_M else 1

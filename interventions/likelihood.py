@@ -49,7 +49,7 @@ class TargetLogLikelihood(torch.autograd.Function):
 def target_log_likelihood(
     logits: Float[Tensor, "member target vocab"], targets: Int[Tensor, " target"], rows: int | None = None
 ) -> Float[Tensor, "member target"]:
-    rows = rows or max(1, 2**22 // logits.shape[-1])  # 16 MiB of float32 at a time
+    rows = rows or max(1, 2**20 // logits.shape[-1])  # 4 MiB of float32 at a time
     return TargetLogLikelihood.apply(logits, targets, rows)  # pyright: ignore
 
 

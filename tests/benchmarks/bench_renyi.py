@@ -19,7 +19,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 MEMBERS, R, ALPHA, VOCABULARY = 8, 8, 0.8, 8000
-SHAPES = ((1, 8), (1, 32), (2, 16), (4, 128))
+SHAPES = ((1, 8), (1, 16), (1, 32), (4, 128))
 
 
 def base(layers: int = 4, width: int = 512):
@@ -40,7 +40,7 @@ def stacked_step(layers=None):
     from interventions.coupled import joint_gradient
 
     ensemble = RenyiEnsemble(base(), MEMBERS, ALPHA, R, "all-linear", layers=layers)
-    optimizer = torch.optim.AdamW(ensemble.stack.parameters(), lr=1e-4)
+    optimizer = torch.optim.AdamW(ensemble.stack.parameters(), lr=1e-4, fused=True)
 
     def step(data: list[dict]) -> float:
         objective = ensemble._objective(data, "sequence")
@@ -70,7 +70,7 @@ def peft_step(ensemble):
     factors = [parameter for name, parameter in model.named_parameters() if "lora_" in name]
     for parameter in factors:
         parameter.requires_grad_(True)
-    optimizer = torch.optim.AdamW(factors, lr=1e-4)
+    optimizer = torch.optim.AdamW(factors, lr=1e-4, fused=True)
 
     def step(data: list[dict]) -> float:
         tokens = torch.tensor([row["input_ids"] for row in data])
@@ -99,7 +99,7 @@ def measure(step, data) -> tuple[float, float, float]:
 def speed(repeats: int) -> None:
     print("| batch x tokens | PEFT loop, CPU ms | stacked, CPU ms | ratio | ratio of best wall times | same loss to |")
     print("|---|---|---|---|---|---|")
-    for label, layers in (("all layers", None), ("last layer only", [3])):
+    for label, layers in (("all layers", None), ("upper half", [2, 3])):
         ours, ensemble = stacked_step(layers)
         theirs = peft_step(ensemble)
         for shape in SHAPES:
@@ -146,5 +146,5 @@ if __name__ == "__main__":
     if "--peak" in sys.argv:
         print(peak(sys.argv[-1]))
     else:
-        speed(int(sys.argv[1]) if len(sys.argv) > 1 else 5)
+        speed(int(sys.argv[1]) if len(sys.argv) > 1 else 3)
         memory()
