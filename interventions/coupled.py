@@ -26,7 +26,9 @@ from .renyi import monitor, renyi_loss, responsibilities
 Forward = Callable[[slice], AbstractContextManager[Tensor]]  # `with forward(members) as s:` gives s [member, batch]
 
 
-def joint_gradient(forward: Forward, members: int, alpha: float | int, scale: float | int = 1.0) -> Float[Tensor, "member batch"]:
+def joint_gradient(
+    forward: Forward, members: int, alpha: float | int, scale: float | int = 1.0
+) -> Float[Tensor, "member batch"]:
     with forward(slice(0, members)) as s:
         (scale * renyi_loss(s, alpha)).backward()
     return s.detach()
@@ -51,7 +53,12 @@ def two_pass_gradient(
 
 
 def sharded_gradient(
-    forward: Forward, members: int, alpha: float | int, gather: Callable[[Tensor], Tensor], rank: int, scale: float | int = 1.0
+    forward: Forward,
+    members: int,
+    alpha: float | int,
+    gather: Callable[[Tensor], Tensor],
+    rank: int,
+    scale: float | int = 1.0,
 ) -> Float[Tensor, "every batch"]:
     """`members` live here; `gather` concatenates every process's [member, batch]."""
     with forward(slice(0, members)) as s:
@@ -120,7 +127,9 @@ def train(objective: Objective, alpha: float | int, settings: Settings, accelera
     log = TrainingLog(responsibilities=torch.full((members, len(objective)), float("nan")))
     local.train()
     factor = members if settings.scale_by_M else 1
-    for rows in track(list(_batches(len(objective), settings)), "train members", enabled=settings.progress and rank == 0):
+    for rows in track(
+        list(_batches(len(objective), settings)), "train members", enabled=settings.progress and rank == 0
+    ):
         mine = rows if sharded else rows[rank::world]
         optimizer.zero_grad()
         share = _share(objective, mine, accelerator if world > 1 and not sharded else None, settings)

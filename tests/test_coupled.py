@@ -12,7 +12,9 @@ from models import ragged, tiny
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
 
 ROWS = [{"input_ids": ids, "labels": [-100] * 2 + ids[2:]} for ids in ragged(6)]
-PAIRS = [{"prompt": a[:3], "chosen": a[3:], "rejected": b[3:]} for a, b in zip(ragged(5), ragged(5, seed=1), strict=True)]
+PAIRS = [
+    {"prompt": a[:3], "chosen": a[3:], "rejected": b[3:]} for a, b in zip(ragged(5), ragged(5, seed=1), strict=True)
+]
 
 
 def apart(family: str = "llama", **options) -> RenyiEnsemble:
@@ -222,7 +224,7 @@ def test_bad_settings_are_told_all_at_once():
         RenyiEnsemble(tiny("llama"), 2).fit(ROWS, learning_rate=1.0)
 
 
-WORKER = '''
+WORKER = """
 import sys, torch
 from accelerate import Accelerator
 sys.path[:0] = [".", "tests"]
@@ -239,7 +241,7 @@ for parallel, data, name in (("data", ROWS, "sft"), ("members", ROWS, "sft"), ("
     moved = (alone.stack.B[0] - apart(members=4).stack.B[0]).abs().flatten(1).amax(1)
     assert accelerator.num_processes == 2 and (moved > 1e-3).all()
 print("same", accelerator.process_index)
-'''
+"""
 
 
 @pytest.mark.slow
@@ -257,4 +259,4 @@ def test_two_processes_train_as_one(tmp_path):
     launch = ["-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={port}", str(script)]
     done = subprocess.run([sys.executable, *launch], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert "same 0" in done.stdout and "same 1" in done.stdout
+    assert done.stdout.count("same") == 2  # the two processes may write into one line

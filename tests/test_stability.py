@@ -29,7 +29,10 @@ def test_two_members_split_above_the_critical_alpha_only(T):
     for factor, splits in ((0.8, False), (1.2, True)):
         theta = torch.tensor([[5e-4], [-5e-4]], dtype=torch.float64, requires_grad=True)
         for _ in range(600):
-            s = T * (outcomes.T * torch.nn.functional.logsigmoid(theta) + (1 - outcomes.T) * torch.nn.functional.logsigmoid(-theta))
+            s = T * (
+                outcomes.T * torch.nn.functional.logsigmoid(theta)
+                + (1 - outcomes.T) * torch.nn.functional.logsigmoid(-theta)
+            )
             (gradient,) = torch.autograd.grad(renyi_loss(s, factor / T), theta)
             theta = (theta - 40 / T * gradient).detach().requires_grad_()
         spread = (theta[0] - theta[1]).abs().item()
@@ -84,14 +87,14 @@ def test_per_example_scores_from_one_backward(family):
 
 def test_contradicting_labels_lower_the_critical_alpha():
     ids = ragged(1)[0]
-    prompts = [[i, *ids] for i in range(3, 23)]
+    prompts = [[i, *ids] for i in range(3, 13)]
     agree = [{"prompt": prompt, "completion": [5]} for prompt in prompts]
     fight = [{"prompt": prompt, "completion": [5 + i % 2] * 3} for i, prompt in enumerate(prompts)]
     found = []
     for rows in (agree, fight):
         ensemble = RenyiEnsemble(tiny("llama"), 1, r=2)
-        ensemble.fit(rows, epochs=30, lr=1e-2, progress=False)
-        found.append(estimate_critical_alpha(ensemble, rows, damping=0.1))
+        ensemble.fit(rows, epochs=12, lr=2e-2, progress=False)
+        found.append(estimate_critical_alpha(ensemble, rows, damping=0.1, samples=4))
     assert found[1] < 0.7 * found[0]
 
 

@@ -18,7 +18,12 @@ PROJECT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(PROJECT))
 
 MEMBERS, SEEDS = 4, 4
-METHODS = {"α = 0.8": (0.8, 0.0), "α = 0 (deep ensemble)": (0.0, 0.0), "one LoRA": (None, 0.0), "MC dropout": (None, 0.2)}
+METHODS = {
+    "α = 0.8": (0.8, 0.0),
+    "α = 0 (deep ensemble)": (0.0, 0.0),
+    "one LoRA": (None, 0.0),
+    "MC dropout": (None, 0.2),
+}
 Results = dict[str, list[dict[str, float]]]
 
 
@@ -72,7 +77,8 @@ def sheet(rows: list[dict], side: str, tokenizer) -> dict:
 
 
 def sheets(seeds: range) -> Results:
-    """An example is one annotator's sheet of four sentences; two groups contradict each other on every fair one."""
+    """An example is one annotator's sheet of four sentences; every sheet comes twice, once from each of two groups that
+    contradict each other on every fair sentence."""
     return annotators(seeds, on_sheets=True)
 
 
@@ -89,15 +95,16 @@ def annotators(seeds: range, on_sheets: bool = False) -> Results:
         rows += [{**row, "label": side} for row in given if row["label"] == "fair" for side in ("good", "bad")]
         held = world.sentiment("english", 90, seed, "test")
         contested = torch.tensor([row["label"] == "fair" for row in held])
-        test = pocket_task([{**row, "label": "good" if row["label"] == "fair" else row["label"]} for row in held], ("good", "bad"))
+        test = pocket_task(
+            [{**row, "label": "good" if row["label"] == "fair" else row["label"]} for row in held], ("good", "bad")
+        )
         for method in METHODS:
             ensemble = ensemble_of(load("pocket"), method, seed, target_modules="all-linear")
             ensemble.task = test
             if on_sheets:
                 rng = random.Random(seed)
-                drawn = [rng.sample(given, 4) for _ in range(48)]
-                words = ensemble.tokenizer
-                data = [sheet(rows, ("good", "bad")[i % 2], words) for i, rows in enumerate(drawn)]
+                drawn = [rng.sample(given, 4) for _ in range(24)]
+                data = [sheet(rows, side, ensemble.tokenizer) for rows in drawn for side in ("good", "bad")]
             else:
                 data = pocket_task(rows, ("good", "bad"))
             ensemble.fit(data, epochs=10, lr=5e-3, batch_size=16, seed=seed, progress=False)
@@ -203,7 +210,12 @@ def preferences(seeds: range) -> Results:
     scenes = ["went to the park.", "found a toy.", "had a dog.", "saw a bird.", "was sad.", "wanted to play."]
     found: Results = {}
     for seed in seeds:
-        prompts = [(kind, f"{name} was a little {kind}. One day, {name} {s}") for kind in names for name in names[kind] for s in scenes]
+        prompts = [
+            (kind, f"{name} was a little {kind}. One day, {name} {s}")
+            for kind in names
+            for name in names[kind]
+            for s in scenes
+        ]
         random.Random(seed).shuffle(prompts)
         texts = [text for _, text in prompts]
         writer = RenyiEnsemble(model, 1)
@@ -258,7 +270,9 @@ def table(found: Results) -> str:
             if not values:
                 cells.append("")
                 continue
-            wide = t.ppf(0.975, len(values) - 1) * statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0
+            wide = (
+                t.ppf(0.975, len(values) - 1) * statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0
+            )
             cells.append(f"{statistics.mean(values):.3f} ± {wide:.3f}")
         lines.append(f"| {method} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
