@@ -1,50 +1,65 @@
-"""The CT-SFT comparison on NusaX. Resumable: run it again to go on where it stopped.
+"""The CT-SFT comparison on NusaX, or on the pocket world. Resumable: run it again to go on where it stopped.
 
 python tests/benchmarks/compare_nusax.py --model MODEL --data NUSAX --out RESULTS --targets buginese english
+python tests/benchmarks/compare_nusax.py --model pocket --source english --targets osko tamu --related vela --out RESULTS
 """
 
 import argparse
 import warnings
 from pathlib import Path
 
-from circuits import LabelledTask
+from circuits import LabelledTask, pocket
 from circuits.heads import Circuit
 from interventions.arms import ARMS
-from interventions.experiment import Experiment, Splits, compare
+from interventions.experiment import Experiment, Splits, compare, read_lines
 from interventions.tradeoff import agreement, summarise, table, trade_off
 
 WORDS = {"positive": " baik", "negative": " buruk", "neutral": " biasa"}
 
 
-def main() -> None:
-    options = argparse.ArgumentParser(description=__doc__)
-    for name in ("model", "data", "out"):
-        options.add_argument(f"--{name}", required=True)
-    options.add_argument("--source", default="indonesian")
-    options.add_argument("--targets", nargs="+", default=["buginese", "english"])
-    options.add_argument("--related", nargs="*", default=["javanese"])
-    options.add_argument("--sizes", nargs="+", type=int, default=[100])
-    options.add_argument("--seeds", nargs="+", type=int, default=[31, 777, 2025, 12345])
-    options.add_argument("--arms", nargs="+", default=list(ARMS))
-    options.add_argument("--table-only", action="store_true")
-    given = options.parse_args()
-    warnings.filterwarnings("ignore", message=".*texts were cut to fit")
+def options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--out", required=True)
+    parser.add_argument("--data")
+    parser.add_argument("--source", default="indonesian")
+    parser.add_argument("--targets", nargs="+", default=["buginese", "english"])
+    parser.add_argument("--related", nargs="*", default=["javanese"])
+    parser.add_argument("--sizes", nargs="+", type=int, default=[100])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[31, 777, 2025, 12345])
+    parser.add_argument("--arms", nargs="+", default=list(ARMS))
+    parser.add_argument("--per-depth", type=int, default=2)
+    parser.add_argument("--table-only", action="store_true")
+    return parser.parse_args()
 
-    def task(language: str, split: str) -> LabelledTask:
-        path = Path(given.data) / language / f"{split}.csv"
-        how = dict(template="{text} | sentimen:{label}", label_words=WORDS, max_length=128, truncate=True)
-        return LabelledTask.from_csv(path, **how)
+
+def nusax(data: str, language: str) -> Splits:
+    how = dict(template="{text} | sentimen:{label}", label_words=WORDS, max_length=128, truncate=True)
+    return Splits(
+        *(LabelledTask.from_csv(Path(data) / language / f"{s}.csv", **how) for s in ("train", "valid", "test"))
+    )
+
+
+def pocket_world(language: str) -> Splits:
+    test, valid = pocket.sentiment_task(language, "test").split(500, seed=0)
+    return Splits(pocket.sentiment_task(language, "train"), valid, test)
+
+
+def main() -> None:
+    given = options()
+    warnings.filterwarnings("ignore", message=".*texts were cut to fit")
+    is_pocket = given.model == "pocket"
 
     def splits(language: str) -> Splits:
-        return Splits(*(task(language, split) for split in ("train", "valid", "test")))
+        return pocket_world(language) if is_pocket else nusax(given.data, language)
 
     experiment = Experiment(
         given.model, splits(given.source), {name: splits(name) for name in given.targets}, Path(given.out),
-        related={name: task(name, "test") for name in given.related}, arms=given.arms, sizes=given.sizes,
-        seeds=given.seeds, per_depth=2 / 36,
+        related={name: splits(name).test for name in given.related}, arms=given.arms, sizes=given.sizes,
+        seeds=given.seeds, per_depth=given.per_depth,
+        # The pocket model was trained on its source languages; it needs no competence tuning.
+        source_epochs=0 if is_pocket else 4,
     )  # fmt: skip
-    from interventions.experiment import read_lines
-
     lines = read_lines(experiment.directory / "results.jsonl") if given.table_only else compare(experiment)
     for target in given.targets:
         for n in given.sizes:
