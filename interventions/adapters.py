@@ -16,7 +16,7 @@ from torch import nn
 from circuits.anatomy import Slice, unwrap
 
 if TYPE_CHECKING:
-    from peft import LoraConfig
+    from peft import LoraConfig, ShiraConfig
 
 
 def lora_config(mask: Any, r: int = 8, **options: Any) -> "LoraConfig":
@@ -31,6 +31,29 @@ def lora_config(mask: Any, r: int = 8, **options: Any) -> "LoraConfig":
     if mask.sizes["family"] == "gpt2":
         options.setdefault("fan_in_fan_out", True)
     return LoraConfig(r=r, target_modules=modules, **options)
+
+
+def shira_config(mask: Any, model: Any, **options: Any) -> "ShiraConfig":
+    """SHiRA with exactly the entries of the mask's matrices, where PEFT allows it. Use it on this very `model.hf`.
+
+    PEFT demands r·(inputs + outputs) entries with one r for every layer, in nn.Linear layers. That holds for q and o (`kv="freeze"`)
+    when each layer has as many chosen heads and d_model equals heads x d_head. Anything else is a ValueError: use `restrict`.
+    """
+    from peft import ShiraConfig
+
+    chosen = {name.removesuffix(".weight"): m for name, m in mask.tensors().items() if m.dim() == 2}
+    layers = {name: model.base.get_submodule(name) for name in chosen}
+    ranks = {name: int(chosen[name].sum()) / sum(chosen[name].shape) for name in chosen}
+    fits = len(set(ranks.values())) == 1 and all(rank == int(rank) for rank in ranks.values())
+    if not fits or not all(isinstance(layer, nn.Linear) for layer in layers.values()):
+        shown = ", ".join(f"{name} r={rank:g}" for name, rank in list(ranks.items())[:3])
+        raise ValueError(
+            f"SHiRA needs nn.Linear layers with one whole r ({shown}); use kv='freeze' and equal heads per layer, or restrict"
+        )
+    entries = {id(layer): chosen[name] for name, layer in layers.items()}
+    config = ShiraConfig(r=int(next(iter(ranks.values()))), target_modules=sorted(chosen), **options)
+    config.mask_fn = lambda layer, r, **_: entries[id(layer)].to(layer.weight)
+    return config
 
 
 def adapter_slices(peft_model: nn.Module, slices: Sequence[Slice]) -> list[Slice]:

@@ -22,7 +22,7 @@ from circuits.anatomy import KV, Anatomy, Slice
 from circuits.heads import Circuit, Head, HeadScores
 
 if TYPE_CHECKING:
-    from peft import LoraConfig
+    from peft import LoraConfig, ShiraConfig
 
 Norms = Literal["all", "circuit", "none"]
 FORMAT = "luthier.mask/1"
@@ -213,6 +213,12 @@ class HeadMask:
         totals = {name: torch.Size(shape).numel() for name, shape in self.shapes.items()}
         rows = [[name, f"{n:,}", f"{n / totals[name]:.0%}"] for name, n in self.counts().items()]
         return table_html(repr(self), ["parameter", "values that may move", "share"], rows)
+
+    def shira_config(self, model: Any, **options: Any) -> "ShiraConfig":
+        """A PEFT SHiRA config with exactly the mask's matrix entries, where SHiRA's one-r rule allows it."""
+        from .adapters import shira_config
+
+        return shira_config(self, model, **options)
 
     def __repr__(self) -> str:
         kept = ", ".join(f"{key}={value}" for key, value in self.policy.items())

@@ -160,6 +160,21 @@ def test_lora_on_layers_outside_the_mask_is_refused():
 @pytest.mark.filterwarnings(
     "ignore:.*gradient_checkpointing_enable.* is deprecated:FutureWarning"
 )  # the name before v6
+def test_shira_learns_exactly_the_masked_entries_where_it_fits(tmp_path):
+    from peft import get_peft_model
+
+    model = load(tiny("llama"))
+    before = weights(model.hf)
+    mask = HeadMask.from_circuit(CIRCUIT, model, kv="freeze", norms="none")
+    peft = get_peft_model(model.hf, mask.shira_config(model))
+    trainer(peft, tmp_path, steps=2).train()
+    assert moved_only_inside(peft.merge_and_unload(), before, mask)
+    uneven = Circuit(["a0.h1", "a0.h2", "a1.h0"])
+    model = load(tiny("llama"))
+    with pytest.raises(ValueError, match="SHiRA needs .*equal heads per layer, or restrict"):
+        HeadMask.from_circuit(uneven, model, kv="freeze", norms="none").shira_config(model)
+
+
 def test_gradient_checkpointing_gives_the_same_gradients():
     gradients = []
     for enabled in (False, True):
