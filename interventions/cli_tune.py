@@ -42,6 +42,12 @@ def tune(
     label: Annotated[str | None, typer.Option(help="Label column; default: as in --from.")] = None,
     template: Annotated[str | None, typer.Option(help="Prompt template; default: as in --from.")] = None,
     label_words: Annotated[str | None, typer.Option(help="Label words; default: as in --from.")] = None,
+    compare: Annotated[
+        bool,
+        typer.Option("--compare", help="Compare all arms over --seeds; --data and --source are folders of splits."),
+    ] = False,
+    source: Annotated[Path | None, typer.Option(help="With --compare: folder of the source's splits.")] = None,
+    seeds: Annotated[str, typer.Option(help="With --compare: comma list of seeds.")] = "0,1,2,3",
     seed: Annotated[int, typer.Option(help="Seed of sampling, order and controls.")] = 0,
     json_: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")] = False,
 ) -> None:
@@ -53,6 +59,8 @@ def tune(
     ind=indonesian/test.csv --out runs/min`
     """
     options = dict(locals()) | {"label_words": parse_pairs(label_words, "--label-words")}
+    if compare:
+        return _compare(model, source, data, out, arms, seeds, eval_, options)
     start, asked = _start(from_, model, circuit, mask, options)
     chosen = _arms(arms)
     loaded = load_model(start)
@@ -79,6 +87,34 @@ def tune(
         return
     show_rows("Accuracy before and after tuning", arm_rows(results))
     print(f"written: {out}/ (checkpoint in {out / 'checkpoint'}, open {page})")
+
+
+def _compare(
+    model: str | None,
+    source: Path | None,
+    data: Path,
+    out: Path,
+    arms: str,
+    seeds: str,
+    eval_: list[str] | None,
+    options: dict[str, Any],
+) -> None:
+    """`--compare`: the experiment of `experiment.py` on the user's folders."""
+    from .cli_compare import run_comparison
+
+    if model is None or source is None:
+        raise ValueError("--compare starts from a base model and a source; give --model NAME and --source FOLDER")
+    asked = {"text": "text", "label": "label"} | {key: value for key, value in options.items() if value is not None}
+    numbers = [part.strip() for part in seeds.split(",")]
+    if not all(part.isdigit() for part in numbers):
+        raise ValueError(f"--seeds {seeds!r}; expected whole numbers with commas, as in 0,1,2,3")
+    # The default of --arms is one arm: nothing to compare; all of them then.
+    chosen = [] if arms == "circuit" else [arm.strip() for arm in arms.split(",")]
+    sizes = {key: options[key] for key in ("n", "epochs", "batch_size")}
+    text = run_comparison(
+        model, source, data, out, asked, arms=chosen, seeds=[int(part) for part in numbers], evals=parse_pairs_list(eval_), **sizes
+    )  # fmt: skip
+    print(text)
 
 
 def parse_pairs_list(pairs: list[str] | None) -> dict[str, str]:

@@ -47,7 +47,7 @@ class Experiment:
     sizes: Sequence[int] = (100,)
     seeds: Sequence[int] = (31, 777, 2025, 12345)
     depth: int = 2
-    per_depth: float = 0.02
+    per_depth: float | int = 0.02
     # Competence tuning: examples, epochs and rate. Targets draw from the examples that were not used for it.
     source_examples: int = 400
     source_epochs: int = 4
@@ -167,7 +167,7 @@ class Bench:
         line: dict[str, Any] = {}
         if run["arm"] != "untuned":
             tuning, heads = tune_arm(
-                run["arm"], self.model, pool, splits.valid, self.circuit, self.scores, kept=self.learn.select(range(50)),
+                run["arm"], self.model, pool, splits.valid, self.circuit, self.scores, kept=self.learn.select(range(min(50, len(self.learn)))),
                 lr=run["lr"], anchor=run["anchor"], seed=self.seed, epochs=plan.epochs, batch_size=plan.batch_size,
             )  # fmt: skip
             line = {"trained": tuning.trained, "moved": tuning.moved, "distance": tuning.distance, "heads": heads}

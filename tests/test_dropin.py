@@ -160,6 +160,9 @@ def test_lora_on_layers_outside_the_mask_is_refused():
 @pytest.mark.filterwarnings(
     "ignore:.*gradient_checkpointing_enable.* is deprecated:FutureWarning"
 )  # the name before v6
+@pytest.mark.filterwarnings(
+    "ignore:Sparse invariant checks are implicitly disabled:UserWarning"
+)  # PEFT's sparse update
 def test_shira_learns_exactly_the_masked_entries_where_it_fits(tmp_path):
     from peft import get_peft_model
 
