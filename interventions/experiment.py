@@ -166,8 +166,9 @@ class Bench:
         restore(self.model.hf, self.competent if run["arm"] == "untuned" or ARMS[run["arm"]].competent else self.base)
         line: dict[str, Any] = {}
         if run["arm"] != "untuned":
+            kept = self.learn.select(range(min(50, len(self.learn))))
             tuning, heads = tune_arm(
-                run["arm"], self.model, pool, splits.valid, self.circuit, self.scores, kept=self.learn.select(range(min(50, len(self.learn)))),
+                run["arm"], self.model, pool, splits.valid, self.circuit, self.scores, kept=kept,
                 lr=run["lr"], anchor=run["anchor"], seed=self.seed, epochs=plan.epochs, batch_size=plan.batch_size,
             )  # fmt: skip
             line = {"trained": tuning.trained, "moved": tuning.moved, "distance": tuning.distance, "heads": heads}
