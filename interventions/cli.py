@@ -14,6 +14,7 @@ from .cli_demo import demo
 from .cli_discover import discover
 from .cli_embed import app as embed
 from .cli_ensemble import app as ensemble
+from .cli_interfere import app as interfere
 from .cli_report import report
 from .cli_tune import tune
 
@@ -28,6 +29,7 @@ app = typer.Typer(
 for verb in (demo, discover, tune, align, report):
     app.command()(verb)
 app.add_typer(embed, name="embed")
+app.add_typer(interfere, name="interfere")
 app.add_typer(ensemble, name="ensemble")
 
 

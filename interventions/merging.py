@@ -30,10 +30,20 @@ def combine(spectra: Sequence[Spectrum], spectrum: str = "keep", rtol: float = 1
 
 
 def interference_of(U: Float[Tensor, "m d"], S: Float[Tensor, " d"], V: Float[Tensor, "n d"]) -> float:
-    """||(U^T U - I) S (V^T V - I)||_1 over the directions that are present (S > 0)."""
+    """||(U^T U - I) S (V^T V - I)||_1, with I the identity on the directions that are present.
+
+    Noise (S = 0) is not, nor is the difference of two directions that the rank cut of `combine` has made one.
+    """
     U, S, V = U[:, S > 0], S[S > 0], V[:, S > 0]
-    eye = torch.eye(len(S), dtype=S.dtype, device=S.device)
-    return float(((U.mT @ U - eye) * S @ (V.mT @ V - eye)).abs().sum())
+    G_U, G_V = U.mT @ U, V.mT @ V
+    return float(((G_U - _present(G_U)) * S @ (G_V - _present(G_V))).abs().sum())
+
+
+def _present(G: Float[Tensor, "d d"]) -> Float[Tensor, "d d"]:
+    """The projector on the eigenvectors of a Gram matrix that are not exactly dependent."""
+    values, vectors = torch.linalg.eigh(G)
+    kept = vectors[:, values > 1e-12]
+    return kept @ kept.mT
 
 
 class Merged(dict[str, Tensor | tuple[Tensor, Tensor]]):
@@ -44,6 +54,7 @@ class Merged(dict[str, Tensor | tuple[Tensor, Tensor]]):
         self.spectral: list[str] = []  # merged by subspaces
         self.averaged: list[str] = []  # not a matrix, or a method that works entry by entry
         self.tied: dict[str, str] = {}  # second name of a tied parameter -> the name that was merged
+        self.coincident: dict[str, int] = {}  # directions that tasks had in common and that were kept once
         self.interference: dict[str, tuple[float, float]] = {}  # spectral interference before and after
 
     def __repr__(self) -> str:
@@ -86,7 +97,7 @@ def merge(
         elif method == "task-arithmetic" or not _is_matrix(parts[0]):
             result, by_subspace = _added(parts, mean=method != "task-arithmetic"), False
         else:
-            result, by_subspace = _spectral(parts, K, spectrum, method, rtol, merged.interference, name), True
+            result, by_subspace = _spectral(parts, K, spectrum, method, rtol, merged, name), True
         (merged.spectral if by_subspace else merged.averaged).append(name)
         merged[name] = _scaled(result, scale, parts[0])
     merged.update({name: merged[first] for name, first in merged.tied.items()})
@@ -99,7 +110,7 @@ def _spectral(
     spectrum: str,
     method: str,
     rtol: float,
-    log: dict[str, tuple[float, float]],
+    merged: Merged,
     name: str,
 ) -> Matrix:
     m, n = shape_of(parts[0])
@@ -112,7 +123,11 @@ def _spectral(
         spectra = [spectrum_of(part, max(1, min(room, K or room))) for part in parts]
         before = interference_of(*(torch.cat(p, -1) for p in zip(*spectra, strict=True)))
         result = combine(spectra, spectrum, rtol) if method == "sift" else _tsv(spectra)
-        log[name] = (before, interference_of(*result))
+        merged.interference[name] = (before, interference_of(*result))
+        present = int((result.S > 0).sum())
+        lost = max(present - round(float(side.square().sum())) for side in (result.U, result.V))
+        if lost > 0:
+            merged.coincident[name] = lost
         left, right = result.U * result.S, result.V.mT
     return (left, right) if isinstance(parts[0], tuple) else left @ right
 

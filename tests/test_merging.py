@@ -37,6 +37,8 @@ def test_coincident_tasks_do_not_become_noise():
     f = deltas(24, 24)[0]
     U, S, V = truncated_svd(f["w"], 5)
     torch.testing.assert_close(merge([f, f], K=5)["w"], (U * S) @ V.mT, rtol=1e-9, atol=1e-10)
+    assert merge([f, f], K=5).coincident == {"w": 5} and merge([f, f], K=5).interference["w"][1] < 1e-6
+    assert merge(deltas(24, 40), K=5).coincident == {}
     opposite = merge([f, {"w": -f["w"]}], K=5)["w"]
     assert opposite.abs().max() < 1e-10
 

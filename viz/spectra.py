@@ -1,3 +1,4 @@
+<<<<<<< HEAD
 """Two objectives against each other: where in the model they conflict, over steps, and which directions they share."""
 
 from collections.abc import Mapping
@@ -126,3 +127,152 @@ def _angles(measured: Interference, name: str, side: str, colour: str, dash: str
         line={"color": colour, "width": 2.5, "dash": dash},
         hovertemplate="angle %{x}: cosine %{y:.3f}<extra></extra>",
     )  # fmt: skip
+=======
+"""Two objectives against each other: where they conflict, and how their singular subspaces meet.
+
+The signed cosine decides the colour (blue: the objectives pull a block in opposite directions), because spectral
+interference itself cannot tell agreement from conflict.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import plotly.graph_objects as go
+
+from circuits import Interference, Overlap
+
+from . import theme
+
+
+def interference(
+    measured: Interference | Sequence[Interference | Mapping[str, float]],
+    metric: str = "cosine",
+    *,
+    title: str | None = None,
+) -> go.Figure:
+    """One measurement: every block as a bar, most conflicting first. Several, over training steps: a heatmap block by step.
+
+    A step may also be {block name: value}, as in `{gate.block.name: gate.cosine for gate in optimizer.last}`.
+    """
+    if isinstance(measured, Interference):
+        return _bars(measured, metric, title)
+    if not measured:
+        raise ValueError("no measurements to show; give an Interference, or one per training step")
+    steps = [each.values(metric) if isinstance(each, Interference) else dict(each) for each in measured]
+    names = list(dict.fromkeys(name for step in steps for name in step))
+    values = [[step.get(name) for step in steps] for name in names]
+    limit = max([abs(v) for row in values for v in row if v is not None] + [1e-9])
+    figure = go.Figure(
+        go.Heatmap(
+            z=values,
+            y=[theme.clean(name) for name in names],
+            x=list(range(1, len(steps) + 1)),
+            zmin=-limit,
+            zmax=limit,
+            colorscale=theme.DIVERGING,
+            colorbar={"title": theme.clean(metric)},
+            hovertemplate="%{y}<br>step %{x}: %{z:.3f}<extra></extra>",
+        )
+    )
+    below = sum(v is not None and v < 0 for row in values for v in row)
+    total = sum(v is not None for row in values for v in row)
+    about = theme.describe(f"{len(names)} blocks", f"{len(steps)} steps", f"{below} of {total} in conflict")
+    theme.apply(
+        figure, title or "Where and when the objectives conflict", about, height=max(360, 140 + 16 * len(names))
+    )
+    figure.update_xaxes(title="step", showgrid=False)
+    figure.update_yaxes(autorange="reversed", showgrid=False)
+    return figure
+
+
+def _bars(measured: Interference, metric: str, title: str | None) -> go.Figure:
+    rows = sorted(measured.overlaps.items(), key=lambda item: item[1][metric])[:60]
+    keys = ("cosine", "sti_fro_normalized", "overlap_left_corrected", "overlap_right_corrected")
+    figure = go.Figure(
+        go.Bar(
+            x=[part[metric] for _, part in rows],
+            y=[theme.clean(name) for name, _ in rows],
+            orientation="h",
+            marker={"color": [theme.BLUE if part.cosine < 0 else theme.ORANGE for _, part in rows]},
+            customdata=[[part[key] for key in keys] for _, part in rows],
+            hovertemplate="%{y}<br>cosine %{customdata[0]:+.3f}<br>interference %{customdata[1]:.3f}"
+            "<br>shared directions above chance: %{customdata[2]:+.3f} left, %{customdata[3]:+.3f} right<extra></extra>",
+        )
+    )
+    shown = f"{len(rows)} of {len(measured.overlaps)} blocks"
+    about = theme.describe(
+        measured.model, f"by {measured.view}", shown, f"whole model: cosine {measured.total.cosine:+.3f}"
+    )
+    height = max(320, 140 + 18 * len(rows))
+    theme.apply(figure, title or "Where the objectives conflict", about, height=height)
+    figure.update_xaxes(title=theme.clean(metric.replace("_", " ")))
+    figure.update_yaxes(autorange="reversed", showgrid=False)
+    return figure
+
+
+def spectrum(measured: Interference | Overlap, block: str | None = None, *, title: str | None = None) -> go.Figure:
+    """Cosines of the principal angles between the two objectives' leading subspaces, left and right, against chance.
+
+    `block` defaults to the one with the lowest cosine; the other blocks (at most 40, most conflicting first) are in a dropdown.
+    """
+    parts = {"": measured} if isinstance(measured, Overlap) else dict(measured.overlaps)
+    if block is not None and block not in parts:
+        raise ValueError(f"block {block!r} was not measured; there are {', '.join(list(parts)[:4])}, ...")
+    order = sorted(parts, key=lambda name: parts[name].cosine)
+    order = ([block] if block is not None else []) + [name for name in order if name != block]
+    order, traces = order[:40], []
+    for index, name in enumerate(order):
+        traces += _angles(parts[name], visible=index == 0)
+    figure = go.Figure(traces)
+    headings = [_heading(name, parts[name]) for name in order]
+    theme.apply(figure, title or "Directions the two objectives share", headings[0])
+    figure.update_xaxes(title="principal direction")
+    figure.update_yaxes(title="cosine of the angle", range=[0, 1.05])
+    if len(order) > 1:
+        per = len(traces) // len(order)
+        buttons = [
+            {
+                "label": theme.clean(name),
+                "method": "update",
+                "args": [
+                    {"visible": [i // per == index for i in range(len(traces))]},
+                    {"title.text": _title(title, headings[index])},
+                ],
+            }
+            for index, name in enumerate(order)
+        ]
+        menu = {"buttons": buttons, "x": 1, "xanchor": "right", "y": 1.22, "yanchor": "top", "showactive": True}
+        figure.update_layout(updatemenus=[menu])
+    return figure
+
+
+def _angles(part: Overlap, visible: bool) -> list[go.Scatter]:
+    traces = []
+    for side, angles, expected, colour in (
+        ("left (outputs)", part.angles_left, part.expected_left, theme.BLUE),
+        ("right (inputs)", part.angles_right, part.expected_right, theme.ORANGE),
+    ):
+        cosines = angles.cos().tolist()
+        x = list(range(1, len(cosines) + 1))
+        line = {"color": colour, "width": 2.5}
+        traces.append(go.Scatter(x=x, y=cosines, name=side, mode="lines+markers", line=line, visible=visible))
+        chance = (expected / max(part.K, 1)) ** 0.5  # root mean square cosine of random subspaces
+        dotted = {"color": colour, "width": 1, "dash": "dot"}
+        traces.append(
+            go.Scatter(x=x, y=[chance] * len(x), name=f"{side}: chance", mode="lines", line=dotted, visible=visible)
+        )
+    return traces
+
+
+def _heading(name: str, part: Overlap) -> str:
+    numbers = f"cosine {part.cosine:+.3f}", f"interference {part.sti_fro_normalized:.3f}"
+    return theme.describe(
+        name, *numbers, f"descent {part.descent_fraction_f:.2f} and {part.descent_fraction_g:.2f} of each alone"
+    )
+
+
+def _title(title: str | None, heading: str) -> str:
+    size = f"<span style='font-size:12px;color:{theme.MUTED}'>"
+    return (
+        f"<b>{theme.clean(title or 'Directions the two objectives share')}</b><br>{size}{theme.clean(heading)}</span>"
+    )
+>>>>>>> f69b6ea (luthier interfere: measure, merge, train; plots of interference; two-objective losses and applications)

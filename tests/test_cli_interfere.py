@@ -1,0 +1,124 @@
+"""`luthier interfere` as people call it, on the pocket model."""
+
+import json
+import sys
+
+import pytest
+import torch
+
+from interventions import cli
+
+TRAIN = ("train", "--objective", "{f}/forget.jsonl", "--out", "{f}/x", "--constraint")
+
+
+def luthier(monkeypatch, capsys, *arguments):
+    """Exit code, stdout, stderr."""
+    monkeypatch.setattr(sys, "argv", ["luthier", *map(str, arguments)])
+    code = 0
+    try:
+        cli.main()
+    except SystemExit as stop:
+        code = stop.code or 0
+    said = capsys.readouterr()
+    return code, said.out, said.err
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Facts to forget and to keep, as files."""
+    from circuits.pocket import facts
+
+    folder = tmp_path_factory.mktemp("data")
+    for split in ("forget", "retain"):
+        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in facts(split)))
+    return folder
+
+
+def test_train_measure_merge(monkeypatch, capsys, folder):
+    """Two trained models, measured against each other and merged."""
+    for name, first in (("a", "forget"), ("b", "retain")):
+        second = "retain" if first == "forget" else "forget"
+        files = "--objective", folder / f"{first}.jsonl", "--constraint", folder / f"{second}.jsonl"
+        options = "--objective-as", "forget", "--steps", 3, "--lr", 5e-3, "--out", folder / name, "--json"
+        code, out, err = luthier(monkeypatch, capsys, "interfere", "train", *files, *options)
+        assert code == 0, err
+        assert json.loads(out)["last"]["step"] == 3
+        assert (folder / name / "report.html").is_file() and (folder / name / "model.safetensors").is_file()
+    assert len(json.loads((folder / "a" / "training.json").read_text())) == 3
+
+    measured = folder / "measured"
+    code, out, err = luthier(
+        monkeypatch,
+        capsys,
+        "interfere",
+        "measure",
+        folder / "a",
+        folder / "b",
+        "--view",
+        "head",
+        "--out",
+        measured,
+        "--json",
+    )
+    assert code == 0, err
+    assert json.loads(out)["blocks"] == 32 and -1 <= json.loads(out)["total"]["cosine"] <= 1
+    assert (measured / "scores.safetensors").is_file() and (measured / "report.html").is_file()
+
+    code, out, err = luthier(
+        monkeypatch, capsys, "interfere", "merge", folder / "a", folder / "b", "--out", folder / "both", "--json"
+    )
+    assert code == 0, err
+    summary = json.loads(out)
+    assert summary["interference before"] > 0 and summary["interference after"] < 1e-6
+    from circuits import load
+
+    merged, base = (load(source).hf.model.layers[0].mlp.up_proj.weight for source in (folder / "both", "pocket"))
+    assert not torch.equal(merged, base)
+
+
+def test_files_of_rows_are_losses(monkeypatch, capsys, folder):
+    options = "--first-as", "forget", "--out", folder / "rows", "--n", 6
+    code, out, err = luthier(
+        monkeypatch, capsys, "interfere", "measure", folder / "forget.jsonl", folder / "retain.jsonl", *options
+    )
+    assert code == 0, err
+    assert "whole model" in out and "layer 3 mlp" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (("measure", "{f}/forget.jsonl", "{f}/none.jsonl", "--out", "{f}/x"), "no file"),
+        (
+            ("measure", "{f}/forget.jsonl", "{f}/retain.jsonl", "--view", "neuron", "--out", "{f}/x"),
+            "view='neuron'; expected one of",
+        ),
+        (
+            ("measure", "{f}/forget.jsonl", "{f}/retain.jsonl", "--first-as", "hate", "--out", "{f}/x"),
+            "learn or forget, not 'hate'",
+        ),
+        (("merge", "{f}", "{f}", "--out", "{f}/x"), "no safetensors in"),
+        (
+            ("train", "--objective", "{f}/forget.jsonl", "--constraint", "{f}/bad.jsonl", "--out", "{f}/x"),
+            "has columns a; expected `text`",
+        ),
+        (
+            (
+                "train",
+                "--objective",
+                "{f}/forget.jsonl",
+                "--constraint",
+                "{f}/retain.jsonl",
+                "--control",
+                "no",
+                "--out",
+                "{f}/x",
+            ),
+            "control='no'",
+        ),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_2(monkeypatch, capsys, folder, arguments, text):
+    (folder / "bad.jsonl").write_text('{"a": 1}\n')
+    code, _, err = luthier(monkeypatch, capsys, "interfere", *(a.format(f=folder) for a in arguments))
+    assert code == 2 and text in err and err.count("\n") == 1
