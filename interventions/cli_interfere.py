@@ -193,9 +193,7 @@ def train(
     write_json(out / "training.json", [record._asdict() for record in records])
     save_run(out, "interfere train", options)
     if gates:
-        viz.report(
-            out / "report.html", {"Conflict": [viz.interference(gates)]}, title=f"luthier interfere train: {control}"
-        )
+        viz.report(out / "report.html", {"Conflict": [viz.gating(gates)]}, title=f"luthier interfere train: {control}")
     rows = [{"step": i + 1, **records[i]._asdict()} for i in (0, len(records) - 1)]
     if json_:
         print(json.dumps({"out": str(out), "first": rows[0], "last": rows[1]}))
