@@ -214,7 +214,7 @@ def text_unlearning(model, corpus, seed):
             {n: held_loss(model, rows) for n, rows in held.items()} | dict(agreement=agreement(model, corpus.agreement))
         ),
         {"dialogue loss": 1, "story loss": -1, "agreement": 1},
-        lr=5e-4,
+        lr=2e-3,
         steps=15,
     )
 
@@ -255,7 +255,7 @@ def text_preference(model, corpus, seed):
             "agreement": agreement(model, corpus.agreement),
         },
         {"true reply": 1, "story loss": -1, "agreement": 1},
-        lr=5e-4,
+        lr=2e-3,
         steps=15,
     )
 
@@ -297,7 +297,7 @@ def text_hallucination(model, corpus, seed):
             "agreement": agreement(model, corpus.agreement),
         },
         {"invented names, log p": -1, "story loss": -1, "agreement": 1},
-        lr=5e-4,
+        lr=2e-3,
         steps=15,
     )
 
