@@ -6,10 +6,12 @@
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from .anatomy import unwrap
 from .blocks import Affine, Block, Norm, Program, Unembedding
@@ -43,6 +45,13 @@ def norm(module: Any) -> Norm | None:
     weight = 1.0 + weight.float() if "Gemma" in type(module).__name__ else weight
     eps = getattr(module, "variance_epsilon", None) or module.eps
     return Norm(weight, None, float(eps), centred=False)
+
+
+def activation(module: Any) -> Callable[[Tensor], Tensor]:
+    """The module, or the same function in one pass: transformers spells GPT-2's GELU out in seven."""
+    if type(module).__name__ == "NewGELUActivation":
+        return partial(functional.gelu, approximate="tanh")
+    return module
 
 
 def read(hf: Any) -> Program:
@@ -83,7 +92,7 @@ def _llama_block(module: Any, config: Any) -> Block:
         gate=gate,
         up=up,
         down=affine(mlp.down_proj),
-        act=mlp.act_fn if hasattr(mlp, "act_fn") else mlp.activation_fn,
+        act=activation(mlp.act_fn if hasattr(mlp, "act_fn") else mlp.activation_fn),
         d_head=attention.head_dim,
         scaling=attention.scaling,
         norm_in=norm(module.input_layernorm),
@@ -124,7 +133,7 @@ def _like_gpt2(base: Any) -> Read:
         blocks.append(
             Block(
                 q, k, v,
-                o=affine(attention.c_proj), up=affine(mlp.c_fc), down=affine(mlp.c_proj), act=mlp.act,
+                o=affine(attention.c_proj), up=affine(mlp.c_fc), down=affine(mlp.c_proj), act=activation(mlp.act),
                 d_head=attention.head_dim, scaling=attention.scaling,
                 norm_in=norm(module.ln_1), norm_mlp=norm(module.ln_2),
             )
@@ -146,7 +155,7 @@ def _like_neox(base: Any) -> Read:
         blocks.append(
             Block(
                 q, k, v,
-                o=affine(attention.dense), up=affine(mlp.dense_h_to_4h), down=affine(mlp.dense_4h_to_h), act=mlp.act,
+                o=affine(attention.dense), up=affine(mlp.dense_h_to_4h), down=affine(mlp.dense_4h_to_h), act=activation(mlp.act),
                 d_head=attention.head_size, scaling=attention.scaling, parallel=bool(module.use_parallel_residual),
                 norm_in=norm(module.input_layernorm), norm_mlp=norm(module.post_attention_layernorm),
             )
@@ -170,7 +179,7 @@ def _like_bert(base: Any) -> Read:
         blocks.append(
             Block(
                 affine(attention.query), affine(attention.key), affine(attention.value), affine(out.dense),
-                up=affine(inner.dense), down=affine(outer.dense), act=inner.intermediate_act_fn,
+                up=affine(inner.dense), down=affine(outer.dense), act=activation(inner.intermediate_act_fn),
                 d_head=attention.attention_head_size, scaling=attention.scaling, causal=attention.is_causal,
                 norm_mid=norm(out.LayerNorm), norm_end=norm(outer.LayerNorm),
             )

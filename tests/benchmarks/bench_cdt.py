@@ -149,7 +149,7 @@ def memory() -> None:
         vocab_size=151936, tie_word_embeddings=True,
     )  # fmt: skip
     model = load(Qwen2ForCausalLM(config).to(torch.bfloat16).eval())
-    task = RandomTokens(50, 128, 151936)
+    task = RandomTokens(PROMPTS, 128, 151936)
     mean = torch.zeros(24, 14, 64)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     some = [
@@ -157,7 +157,7 @@ def memory() -> None:
     ]  # peak is set by a chunk, not by how many there are
     took = seconds(lambda: relevance(model, task, means=mean, sources=some, progress=False))
     peak = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**20
-    print(f"| {len(some)} of 336 heads x 50 x 128 tokens, vocabulary 151,936, exact, bf16 | {took:.1f} s | peak above the loaded model "
+    print(f"| {len(some)} of 336 heads x {PROMPTS} x 128 tokens, vocabulary 151,936, exact, bf16 | {took:.1f} s | peak above the loaded model "
           f"{peak:.2f} GiB | | bar 2 GiB |", flush=True)  # fmt: skip
 
 
