@@ -157,8 +157,11 @@ def memory() -> None:
     ]  # peak is set by a chunk, not by how many there are
     took = seconds(lambda: relevance(model, task, means=mean, sources=some, progress=False))
     peak = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**20
-    print(f"| {len(some)} of 336 heads x {PROMPTS} x 128 tokens, vocabulary 151,936, exact, bf16 | {took:.1f} s | peak above the loaded model "
-          f"{peak:.2f} GiB | | bar 2 GiB |", flush=True)  # fmt: skip
+    print(
+        f"| {len(some)} of 336 heads x {PROMPTS} x 128 tokens, vocabulary 151,936, exact, bf16 | {took:.1f} s "
+        f"| peak above the loaded model {peak:.2f} GiB | | bar 2 GiB |",
+        flush=True,
+    )
 
 
 def growth() -> None:
