@@ -23,7 +23,7 @@ from .progress import track
 
 
 def mean_and_variance(
-    batches: Iterable[Float[Tensor, "layer row head d_head"]],
+    batches: Iterable[Float[Tensor, "layer _ head d_head"]],
 ) -> tuple[Float[Tensor, "layer head d_head"], Float[Tensor, "layer head d_head"]]:
     """Mean and variance over all rows of all batches, in float32, merged batch by batch (Chan et al. 1983)."""
     mean = spread = torch.zeros(())
