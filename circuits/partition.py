@@ -17,7 +17,7 @@ from .anatomy import Anatomy, unwrap
 Role = Literal["q", "k", "v", "o", "mlp", "other"]
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Block:
     """A sub-matrix of one parameter. `rows` and `columns` index the [out, in] reading of it."""
 
@@ -30,6 +30,9 @@ class Block:
     role: Role = "other"
     # Query heads that the block serves (all heads of the groups, for k and v); empty when it is a whole matrix.
     heads: tuple[int, ...] = ()
+
+    def __repr__(self) -> str:
+        return f"Block({self.name})"
 
     @property
     def module(self) -> str:

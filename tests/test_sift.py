@@ -237,6 +237,21 @@ def test_nothing_outside_the_mask_moves_by_a_bit(family, control, blocks):
             assert (parameter[mask[name]] != before[name][mask[name]]).float().mean() > 0.9, name
 
 
+def test_a_head_mask_of_the_project():
+    from circuits import Circuit, load
+    from interventions import HeadMask
+
+    model = load(tiny("llama"))
+    mask = HeadMask.from_circuit(Circuit(["a1.h2", "a2.h0"], 3, 4), model)
+    before = {name: p.detach().clone() for name, p in model.hf.named_parameters()}
+    optimizer = SIFT(model, mask, lr=0.02, epsilon=1.1, weight_decay=0.5, adamw_weight_decay=0.5)
+    optimizer.step(**losses(model.hf))
+    moved = {name for name, p in model.hf.named_parameters() if not torch.equal(p, before[name])}
+    assert moved == set(optimizer.routes()) <= set(mask.tensors()) and "adamw" in optimizer.routes().values()
+    for name, allowed in mask.tensors().items():
+        assert torch.equal(dict(model.hf.named_parameters())[name][~allowed], before[name][~allowed])
+
+
 def test_a_mask_without_block_structure_leaks_nothing():
     layer = torch.nn.Linear(24, 16, bias=False)
     mask, start = gaussian(16, 24) > 0.5, layer.weight.detach().clone()
