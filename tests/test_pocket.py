@@ -48,6 +48,7 @@ def test_the_same_seed_gives_the_same_rows_and_splits_are_disjoint():
     assert again == world.sentiment("osko", 50, seed=1) != world.sentiment("osko", 50, seed=2)
     train, test = ({row["text"] for row in world.sentiment("osko", 300, 0, split)} for split in ("train", "test"))
     assert len(train) == len(test) == 300 and not train & test
+    assert all(map(world.held_out, test)) and not any(map(world.held_out, train))
 
 
 def test_training_text_contains_nothing_held_out():
