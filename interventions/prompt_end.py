@@ -40,6 +40,7 @@ class PromptEnd:
         self.armed = False
         self.edits = 0
         self._fixed: Tensor | None = None
+        self._until = -1
         self._generating = False
 
     def arm(self) -> None:
@@ -75,6 +76,9 @@ class PromptEnd:
     def _locate(self, rows: int, width: int, past: int, kwargs: dict[str, Any], device: torch.device) -> None:
         if self._fixed is None:  # no mask was given to generate: the first forward carries the one it inferred
             self._fixed = last_positions(kwargs.get("attention_mask"), rows, width, device)
+            self._until = int(self._fixed.max())
+        if past > self._until:  # decoding: nothing left to do, at the price of one comparison
+            return
         # Beams and several returned sequences repeat each prompt row, side by side.
         fixed = self._fixed.to(device).repeat_interleave(rows // len(self._fixed))
         here = (fixed >= past) & (fixed < past + width)
@@ -87,6 +91,7 @@ class PromptEnd:
         self._fixed = None
         if mask is not None:
             self._fixed = last_positions(mask, *mask.shape, mask.device)
+            self._until = int(self._fixed.max())
         self._generating = True
         try:
             yield

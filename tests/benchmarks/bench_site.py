@@ -1,7 +1,7 @@
 """SITE's two costs. Fit: against the straightforward loop (full prompts, one row per step, one row per validation forward), at equal
 validation loss. Inference: generation with the injection against the same zero-shot prompts without it.
 
-    python tests/benchmarks/bench_site.py [model] [task]      (default: pocket, last_of_3)
+    python tests/benchmarks/bench_site.py [model] [task]      (default: pocket, fruit_of_3)
 """
 
 import statistics
@@ -20,7 +20,7 @@ from circuits.prefix import frozen, mix
 from interventions import inject
 
 SEEDS = (0, 1)
-REPEATS = 15
+REPEATS = 11
 
 
 def plain_loop(model, train, held, embedding, steps=400, lr=0.2, validate_every=50, seed=0):
@@ -104,7 +104,7 @@ def inference(model, task, embedding, selection):
 
 def main() -> None:
     torch.set_num_threads(1)
-    name, mapping = (sys.argv[1:] + ["pocket", "last_of_3"][len(sys.argv) - 1 :])[:2]
+    name, mapping = (sys.argv[1:] + ["pocket", "fruit_of_3"][len(sys.argv) - 1 :])[:2]
     model = load(name)
     path = Path(mapping)
     task = FewShotTask.from_json(path) if path.is_file() else pocket.fewshot_task(mapping)
