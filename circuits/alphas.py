@@ -41,17 +41,21 @@ class AlphaCurve:
     clean: Bool[Tensor, " row"]
 
     def table(self) -> str:
-        lines = [f"soft alpha {mean_interval(self.soft)}, no injection {mean_interval(self.clean)} (n={len(self.soft)})"]
+        lines = [
+            f"soft alpha {mean_interval(self.soft)}, no injection {mean_interval(self.clean)} (n={len(self.soft)})"
+        ]
         lines.append(f"{'k':>5}  {'top-k':<22}{'bottom-k':<22}random mean [min, max]")
         for number, size in enumerate(self.sizes):
             draws = self.random[number].float().mean(-1)
             band = f"{draws.mean():.3f} [{draws.min():.3f}, {draws.max():.3f}]"
-            lines.append(f"{size:>5}  {mean_interval(self.top[number]):<22}{mean_interval(self.bottom[number]):<22}{band}")
+            lines.append(
+                f"{size:>5}  {mean_interval(self.top[number]):<22}{mean_interval(self.bottom[number]):<22}{band}"
+            )
         return "\n".join(lines)
 
 
 def mean_interval(hits: Tensor, level: float = 0.95, resamples: int = 1000, seed: int = 0) -> str:
-    """"0.750 [0.690, 0.810]": the mean and its percentile bootstrap interval over entries."""
+    """ "0.750 [0.690, 0.810]": the mean and its percentile bootstrap interval over entries."""
     mean, low, high = bootstrap(hits.flatten(), level, resamples, seed)
     return f"{mean:.3f} [{low:.3f}, {high:.3f}]"
 
@@ -87,7 +91,9 @@ def alpha_curve(
     settings = [alpha.clamp(0, 1), torch.zeros(shape)]
     for size in sizes:
         settings += [chosen_heads(order, size, shape), chosen_heads(order[::-1], size, shape)]
-        settings += [chosen_heads(torch.randperm(total, generator=generator).tolist(), size, shape) for _ in range(random)]
+        settings += [
+            chosen_heads(torch.randperm(total, generator=generator).tolist(), size, shape) for _ in range(random)
+        ]
     _, hits = PrefixCache(model, encode_prompts(model, task.prompts())).outcomes(torch.stack(settings), mean)
     by_size = hits[2:].unflatten(0, (len(sizes), 2 + random))
     return AlphaCurve(sizes, by_size[:, 0], by_size[:, 1], by_size[:, 2:], hits[0], hits[1])

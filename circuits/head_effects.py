@@ -88,5 +88,12 @@ def _scores(
     seed: int | None = None,
 ) -> HeadScores:
     return HeadScores.from_examples(
-        examples, method, model=model.name, revision=model.revision, task=task.name, data=task.fingerprint, options=options, seed=seed
+        examples,
+        method,
+        model=model.name,
+        revision=model.revision,
+        task=task.name,
+        data=task.fingerprint,
+        options=options,
+        seed=seed,
     )

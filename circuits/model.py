@@ -128,7 +128,7 @@ def kind_of(hf: nn.Module) -> Kind:
 
 
 class Model:
-    """What `load()` returns. See the module docstring; `repr(model)` shows the sizes."""
+    """What `load()` returns; `repr(model)` shows the sizes."""
 
     def __init__(self, hf: Any, tokenizer: Any = None, *, name: str = "", revision: str | None = None):
         finite_parameters(hf)
@@ -281,7 +281,10 @@ class Model:
                 raise ValueError(
                     "text was given but the model has no tokenizer; pass token ids or load(..., tokenizer=)"
                 )
-            tokens, mask = self.pad([self.tokenizer(text).input_ids for text in _listed(prompts)], side="left")
+            tokens, mask = self.pad(
+                [self.tokenizer(text).input_ids for text in ([prompts] if isinstance(prompts, str) else prompts)],
+                side="left",
+            )
             out = self.hf.generate(tokens.to(self.device), attention_mask=mask.to(self.device), **options)
         texts = self.tokenizer.batch_decode(out[:, tokens.shape[1] :], skip_special_tokens=True)
         return texts[0] if isinstance(prompts, str) else texts
@@ -290,7 +293,7 @@ class Model:
         self, rows: Sequence[Sequence[int]], side: Literal["left", "right"] = "right", width: int | None = None
     ) -> tuple[Int[Tensor, "batch pos"], Int[Tensor, "batch pos"]]:
         """Ragged token lists as one rectangle and its attention mask."""
-        width = width or max(len(row) for row in rows)
+        width = width or max(map(len, rows))
         tokens = torch.full((len(rows), width), self.pad_id)
         mask = torch.zeros(len(rows), width, dtype=torch.long)
         for i, row in enumerate(rows):
@@ -298,7 +301,3 @@ class Model:
             tokens[i, where] = torch.as_tensor(row)
             mask[i, where] = 1
         return tokens, mask
-
-
-def _listed(prompts: str | Sequence[str]) -> list[str]:
-    return [prompts] if isinstance(prompts, str) else list(prompts)

@@ -141,17 +141,12 @@ def _weight_names(anatomy: Anatomy, layer: int, prefix: str) -> dict[str, tuple[
 
 def named_blocks(names: list[str]) -> list[Block]:
     """Whole matrices by name alone, for gradients or checkpoints that come without their model."""
-    unknown: Role = "other"
-    roles: dict[str, Role] = {"attn|attention": "o", "mlp|feed_forward|ffn": "mlp"}
-    return [
-        Block(
-            name,
-            name,
-            layer=layer_of(name),
-            role=next((role for word, role in roles.items() if re.search(word, name)), unknown),
-        )
-        for name in names
-    ]
+    roles: dict[str, Role] = {"attn|attention": "o", "mlp|feed_forward|ffn": "mlp", "": "other"}
+
+    def role(name: str) -> Role:
+        return next(role for pattern, role in roles.items() if re.search(pattern, name))
+
+    return [Block(name, name, layer=layer_of(name), role=role(name)) for name in names]
 
 
 def layer_of(name: str) -> int | None:

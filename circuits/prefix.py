@@ -69,7 +69,9 @@ class PrefixCache:
         """Logits after the last prompt token of `rows`, under whatever hooks are active."""
         prompts = self.prompts
         if self.cache is None:
-            return forward(self.model, prompts.tokens[rows], prompts.attention_mask[rows], logits_to_keep=1).logits[:, -1]
+            return forward(self.model, prompts.tokens[rows], prompts.attention_mask[rows], logits_to_keep=1).logits[
+                :, -1
+            ]
         cache = selected(self.cache, rows)
         mask = prompts.attention_mask[rows]
         return forward(self.model, prompts.tokens[rows, -1:], mask, past_key_values=cache).logits[:, -1]

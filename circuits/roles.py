@@ -42,8 +42,7 @@ class HeadRoles:
 def head_roles(
     model: Any, task: FewShotTask, embedding: TaskEmbedding | Tensor, *, chg: float | int = 1.0, **options: Any
 ) -> HeadRoles:
-    """`chg` is the strength of the pull; `options` are those of `select_heads`. The mean over seeds is used.
-    """
+    """`chg` is the strength of the pull; `options` are those of `select_heads`. The mean over seeds is used."""
     if chg <= 0:
         raise ValueError(f"chg={chg} must be positive; both signs are fitted")
     down = select_heads(model, task, embedding, chg=-chg, **options)

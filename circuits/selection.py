@@ -71,11 +71,11 @@ class HeadSelection(HeadScores):
         """Mean over pairs of seeds: rank correlation of alpha, and Jaccard of {alpha > 0.5}. A lone seed has neither."""
         if len(self.theta) < 2:
             raise ValueError("agreement compares seeds and this selection has one; fit with seeds=2 or more")
-        from scipy.stats import spearmanr
+        from scipy import stats
 
         flat = torch.sigmoid(self.theta).flatten(1)
         pairs = [(a, b) for a in range(len(flat)) for b in range(a)]
-        rank = [float(spearmanr(flat[a].numpy(), flat[b].numpy())[0]) for a, b in pairs]
+        rank = [float(stats.spearmanr(flat[a].numpy(), flat[b].numpy()).statistic) for a, b in pairs]
         both = [((flat[a] > 0.5) & (flat[b] > 0.5)).sum().item() for a, b in pairs]
         either = [((flat[a] > 0.5) | (flat[b] > 0.5)).sum().item() for a, b in pairs]
         jaccard = [x / y if y else 1.0 for x, y in zip(both, either, strict=True)]

@@ -65,4 +65,6 @@ def transfer_matrix(
     both = hard @ hard.T
     either = hard.sum(1)[:, None] + hard.sum(1)[None] - both
     cosine = normalize(flat, dim=1) @ normalize(flat, dim=1).T
-    return TransferMatrix(names, accuracy[:-1], accuracy[-1], cosine, torch.where(either > 0, both / either.clamp(min=1), 1.0))
+    return TransferMatrix(
+        names, accuracy[:-1], accuracy[-1], cosine, torch.where(either > 0, both / either.clamp(min=1), 1.0)
+    )

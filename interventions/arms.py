@@ -67,7 +67,9 @@ def tune_arm(
     batch_size: int,
 ) -> tuple[Tuning, str]:
     """Tune `model` in place as the arm says. Returns the result and the heads that were trained."""
-    options = dict(epochs=epochs, lr=lr, batch_size=batch_size, seed=seed, progress=False, validation=validation)
+    options: dict[str, Any] = dict(
+        epochs=epochs, lr=lr, batch_size=batch_size, seed=seed, progress=False, validation=validation
+    )
     heads = ARMS[name].heads
     if name == "avoiding":
         candidates = scores.top(min(2 * len(circuit), scores.values.numel()))

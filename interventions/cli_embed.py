@@ -77,7 +77,7 @@ def fit(
     found.save(out / "selection")
     save_run(out, "embed", options)
     result = {
-        "heads": {str(head): round(found[head], 4) for head in found.rank()[:10]},
+        "heads": {str(head): round(found.alpha[head].item(), 4) for head in found.rank()[:10]},
         "validation_nll": found.validation.min().item(),
         "start_nll": found.curve[0].mean().item(),
         "few_shot_accuracy": embedding.accuracy,

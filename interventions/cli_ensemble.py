@@ -61,7 +61,9 @@ def fit(
     confined = None if circuit is None else Circuit.load(circuit)
     ensemble = RenyiEnsemble(loaded, members, alpha, r, targets, circuit=confined, seed=seed)
     say(f"{ensemble} on {len(rows)} rows", json_)
-    settings = dict(epochs=epochs, lr=lr, batch_size=batch_size, likelihood=likelihood, two_pass=two_pass, seed=seed)
+    settings: dict[str, Any] = dict(
+        epochs=epochs, lr=lr, batch_size=batch_size, likelihood=likelihood, two_pass=two_pass, seed=seed
+    )
     log = ensemble.fit(rows, progress=not json_, **settings)
     ensemble.save(out)
     save_run(out, "ensemble fit", options)

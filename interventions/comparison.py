@@ -49,12 +49,16 @@ class Comparison:
 
     def table(self) -> str:
         """Markdown, one line per method."""
-        lines = ["| method | first token | exact | prefix | answer NLL | trainable | fit s | prompt tokens | ms / query |"]
+        lines = [
+            "| method | first token | exact | prefix | answer NLL | trainable | fit s | prompt tokens | ms / query |"
+        ]
         lines.append("|---|---|---|---|---|---|---|---|---|")
         for row in self.rows():
             cells = ["{:.3f} [{:.3f}, {:.3f}]".format(*row[metric]) for metric in METRICS]
             costs = [f"{row['trainable']:.0f}", f"{row['fit_seconds']:.2f}", f"{row['prompt_tokens']:.1f}"]
-            lines.append(f"| {' | '.join([row['method'], *cells, *costs, format(1000 * row['query_seconds'], '.2f')])} |")
+            lines.append(
+                f"| {' | '.join([row['method'], *cells, *costs, format(1000 * row['query_seconds'], '.2f')])} |"
+            )
         return "\n".join(lines)
 
 

@@ -142,7 +142,7 @@ def train(objective: Objective, alpha: float | int, settings: Settings, accelera
         optimizer.step()
         if s is not None:
             log.steps.append(monitor(s, alpha))
-            if s.shape[1] == len(mine) and objective.form != "token":
+            if log.responsibilities is not None and s.shape[1] == len(mine) and objective.form != "token":
                 log.responsibilities[:, mine] = responsibilities(s, alpha).float().cpu()
     local.eval()
     if sharded:

@@ -132,7 +132,7 @@ class RenyiEnsemble:
     ) -> Float[Tensor, "member example"]:
         """s of labelled data, as in training."""
         task = self.task
-        beta = self.settings.get("beta", 0.1) if beta is None else beta
+        beta = float(self.settings.get("beta", 0.1)) if beta is None else beta
         objective = self._objective(data, likelihood, beta, batch_size)
         self.task = task or self.task
         parts = []

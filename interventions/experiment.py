@@ -189,7 +189,7 @@ def measured(predictions: Sequence[int], gold: Sequence[int]) -> dict[str, Any]:
     from sklearn.metrics import f1_score
 
     accuracy = sum(p == g for p, g in zip(predictions, gold, strict=True)) / len(gold)
-    f1 = float(f1_score(gold, predictions, average="macro", zero_division=0.0))
+    f1 = float(f1_score(gold, predictions, average="macro"))
     right = "".join("1" if p == g else "0" for p, g in zip(predictions, gold, strict=True))
     return {"accuracy": accuracy, "macro_f1": f1, "right": right}
 

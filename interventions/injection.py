@@ -54,7 +54,9 @@ def inject(
             yield end
 
 
-def _alpha(model: Any, selection: Selection, top_k: int | None, threshold: float | int | None) -> Float[Tensor, "layer head"]:
+def _alpha(
+    model: Any, selection: Selection, top_k: int | None, threshold: float | int | None
+) -> Float[Tensor, "layer head"]:
     anatomy = model.anatomy
     expected = (anatomy.n_layers, anatomy.n_heads)
     if isinstance(selection, Circuit):

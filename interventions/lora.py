@@ -98,7 +98,8 @@ class StackedLoRA(nn.Module):
         """
         count = len(torch.arange(self.members)[which])
         trainable = [p for p in hf.parameters() if p.requires_grad]
-        inside = fold and self.first is not None
+        first = self.first if fold else None
+        blocks = self.blocks or ""
         with ExitStack() as stack:
             for parameter in trainable:
                 stack.callback(parameter.requires_grad_, True)
@@ -106,13 +107,13 @@ class StackedLoRA(nn.Module):
             for number, name in enumerate(self.names):
                 hook = self._update(self.factors(number, which), count)
                 stack.callback(hf.get_submodule(name).register_forward_hook(hook).remove)
-            if inside and count > 1:
+            if first is not None and count > 1:
                 repeat = _Repeat(count)
-                for layer, block in enumerate(hf.get_submodule(self.blocks)):
-                    if layer >= self.first:
-                        hook = repeat.door if layer == self.first else repeat.follow
+                for layer, block in enumerate(hf.get_submodule(blocks).children()):
+                    if layer >= first:
+                        hook = repeat.door if layer == first else repeat.follow
                         stack.callback(block.register_forward_pre_hook(hook, with_kwargs=True).remove)
-            yield 1 if inside or not fold else count
+            yield 1 if first is not None or not fold else count
 
     def _update(self, factors: tuple[Tensor, Tensor], count: int):
         A, B = factors

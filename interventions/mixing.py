@@ -100,7 +100,9 @@ def _step(
     return torch.log_softmax(logits, -1), out.past_key_values
 
 
-def _choose(p: Float[Tensor, "batch vocab"], temperature: float | int, generator: torch.Generator) -> Int[Tensor, " batch"]:
+def _choose(
+    p: Float[Tensor, "batch vocab"], temperature: float | int, generator: torch.Generator
+) -> Int[Tensor, " batch"]:
     if temperature == 0:
         return p.argmax(-1)
     return torch.multinomial(torch.softmax(p.log() / temperature, -1), 1, generator=generator)[:, 0]

@@ -37,7 +37,9 @@ def renyi_loss(log_likelihood: Float[Tensor, "member batch"], alpha: float | int
     return -torch.where(close, near, far).mean()
 
 
-def responsibilities(log_likelihood: Float[Tensor, "member batch"], alpha: float | int) -> Float[Tensor, "member batch"]:
+def responsibilities(
+    log_likelihood: Float[Tensor, "member batch"], alpha: float | int
+) -> Float[Tensor, "member batch"]:
     """w = softmax over members of α s: who answers for which example. Columns sum to 1; ties share."""
     _check(log_likelihood, alpha)
     if alpha == 0:

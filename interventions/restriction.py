@@ -42,7 +42,7 @@ def restrict(
     offloaded weights, unknown parameters, ranges outside a parameter, and nested use.
     """
     hf: nn.Module = getattr(model, "hf", model)
-    slices = [Slice(*entry) for entry in getattr(mask, "slices", mask)]
+    slices = [Slice(*entry) for entry in (mask.slices if isinstance(mask, HasSlices) else mask)]
     if hasattr(hf, "peft_config"):
         from .adapters import adapter_slices
 
@@ -224,6 +224,6 @@ def digest(parameter: Tensor, dim: int, ranges: tuple[Range, ...]) -> bytes:
             # 2**24 values at a time: a copy of a whole embedding would cost as much memory as the embedding.
             part = tensor.narrow(dim, cursor, start - cursor)
             for piece in part.split(max(1, 2**24 * len(part) // part.numel())):
-                state.update(piece.contiguous().view(-1).view(torch.uint8).cpu().numpy())
+                state.update(piece.contiguous().view(-1).view(torch.uint8).cpu().numpy().tobytes())
         cursor = stop
     return state.digest()

@@ -50,7 +50,9 @@ def member_scores(
 
     `draw(logits [target, vocab], targets [target])` replaces the labels, for the model's Fisher information.
     """
-    if hasattr(hf, "get_output_embeddings") and any(hf.get_submodule(n) is hf.get_output_embeddings() for n in stack.names):
+    if hasattr(hf, "get_output_embeddings") and any(
+        hf.get_submodule(n) is hf.get_output_embeddings() for n in stack.names
+    ):
         raise ValueError("per-example scores of the output layer are not supported; adapt other target_modules")
     found, hf_device = [], next(hf.parameters()).device
     for rows in torch.arange(len(examples)).split(chunk):
@@ -91,7 +93,7 @@ def estimate_critical_alpha(
 
     if damping is None:
         settings = ensemble.settings
-        damping = settings.get("ridge", 1e-4) / settings.get("prior_sd", 1.0) ** 2
+        damping = float(settings.get("ridge", 1e-4)) / float(settings.get("prior_sd", 1.0)) ** 2
     scores = member_scores(ensemble.hf, ensemble.stack, member, examples)
     model = [member_scores(ensemble.hf, ensemble.stack, member, examples, draw) for _ in range(samples)]
     return critical_alpha(scores, torch.cat(model), damping)

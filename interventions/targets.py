@@ -18,7 +18,8 @@ def is_conv1d(module: nn.Module) -> bool:
 
 def shape(module: nn.Module) -> tuple[int, int]:
     """(inputs, outputs) of a linear layer or Conv1D."""
-    rows, columns = module.weight.shape  # pyright: ignore
+    weight: Any = module.weight
+    rows, columns = weight.shape
     return (rows, columns) if is_conv1d(module) else (columns, rows)
 
 

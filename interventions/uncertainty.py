@@ -38,7 +38,9 @@ def vote(members: Float[Tensor, "member example column"]) -> Float[Tensor, "exam
     return torch.nn.functional.one_hot(members.argmax(-1), members.shape[-1]).float().mean(0)
 
 
-def responsibility_entropy(log_likelihood: Float[Tensor, "member example"], alpha: float | int) -> Float[Tensor, " example"]:
+def responsibility_entropy(
+    log_likelihood: Float[Tensor, "member example"], alpha: float | int
+) -> Float[Tensor, " example"]:
     """Entropy of w per labelled example: low where few members answer for it (conflict, contamination)."""
     return entropy(responsibilities(log_likelihood, alpha).T)
 
@@ -120,9 +122,7 @@ def answered(uncertainty: Float[Tensor, " example"], coverage: float | int) -> B
     return keep
 
 
-def specialists(
-    weights: Float[Tensor, "member example"], groups: Sequence[str]
-) -> dict[str, Float[Tensor, " member"]]:
+def specialists(weights: Float[Tensor, "member example"], groups: Sequence[str]) -> dict[str, Float[Tensor, " member"]]:
     """Mean responsibility of each member per group of examples: which member answers for which kind."""
     if len(groups) != weights.shape[1]:
         raise ValueError(f"{len(groups)} groups for {weights.shape[1]} examples; expected one group per example")

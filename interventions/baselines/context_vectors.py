@@ -30,7 +30,10 @@ MODULES = ("attn_out", "mlp_out")
 
 
 def mixed(
-    output: Float[Tensor, "... d_model"], context: Float[Tensor, " d_model"], keep: Float[Tensor, ""], add: Float[Tensor, ""]
+    output: Float[Tensor, "... d_model"],
+    context: Float[Tensor, " d_model"],
+    keep: Float[Tensor, ""],
+    add: Float[Tensor, ""],
 ) -> Float[Tensor, "... d_model"]:
     """lambda * output + beta * v."""
     return (keep * output + add * context).to(output.dtype)

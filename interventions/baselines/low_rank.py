@@ -23,7 +23,9 @@ from .adapter import Adapter
 
 
 def answer_loss(
-    logits: Float[Tensor, "row position vocab"], tokens: Int[Tensor, "row position"], answer: Int[Tensor, "row position"]
+    logits: Float[Tensor, "row position vocab"],
+    tokens: Int[Tensor, "row position"],
+    answer: Int[Tensor, "row position"],
 ) -> Float[Tensor, ""]:
     """Mean over rows of -log p(answer): `answer` marks the positions whose token is to be predicted."""
     losses = cross_entropy(logits[:, :-1].float().transpose(1, 2), tokens[:, 1:], reduction="none")
@@ -90,7 +92,11 @@ def fit_lora(
                     best = loss
                     kept = {name: value.clone() for name, value in peft.get_peft_model_state_dict(adapted).items()}
     return Adapter(
-        "LoRA", lambda: lora(model, rank, kept), trainable=size, seconds=time.perf_counter() - started, details=f"r={rank}"
+        "LoRA",
+        lambda: lora(model, rank, kept),
+        trainable=size,
+        seconds=time.perf_counter() - started,
+        details=f"r={rank}",
     )
 
 

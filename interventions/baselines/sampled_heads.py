@@ -59,7 +59,7 @@ def fit_sampled_heads(
         optimizer.zero_grad()
         policy_gradient_loss(phi, sets, losses).backward()
         optimizer.step()
-    heads = Circuit([(layer, head) for layer, head in (phi > 0).nonzero().tolist()], *mean.shape[:2])
+    heads = Circuit([(layer, head) for layer, head in (phi > 0).nonzero().tolist()], mean.shape[0], mean.shape[1])
     return Adapter(
         "MTV",
         lambda: inject(model, embedding, heads),
