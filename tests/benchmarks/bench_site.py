@@ -20,7 +20,7 @@ from circuits.prefix import frozen, mix
 from interventions import inject
 
 SEEDS = (0, 1)
-REPEATS = 11
+REPEATS = 31
 
 
 def plain_loop(model, train, held, embedding, steps=400, lr=0.2, validate_every=50, seed=0):
