@@ -4,8 +4,7 @@
 2. Faithfulness = (m(C) - m(0)) / (m(M) - m(0)), with M all heads and 0 none (CD-T, arXiv 2407.00886, section 4; the
    normalised logit difference of Wang et al., arXiv 2211.00593). Accuracy is read from the same runs.
 3. Curve: C = the top k heads by score, for each size k; 1.0 is the whole model, and more than 1 is possible.
-4. Controls at each size: `controls` random circuits with as many heads in each layer, and the k heads scored nearest
-   zero. A circuit is worth naming when it beats both.
+4. Controls at each size: random circuits with as many heads in each layer, and the k heads scored nearest zero.
 5. Intervals: percentile bootstrap over examples, numerator and denominator resampled together.
 """
 
@@ -286,10 +285,7 @@ def _sizes(model: Model, scores: HeadScores, sizes: Sequence[int] | None) -> lis
 
 
 def _mask(circuit: Circuit, n_layers: int, n_heads: int) -> Bool[Tensor, "layer head"]:
-    mask = torch.zeros(n_layers, n_heads, dtype=torch.bool)
-    for head in circuit:
-        mask[head.layer, head.head] = True
-    return mask
+    return torch.tensor([[Head(layer, head) in circuit for head in range(n_heads)] for layer in range(n_layers)])
 
 
 def _resample(n: int, resamples: int, seed: int) -> Float[Tensor, "resample example"]:

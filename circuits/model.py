@@ -183,9 +183,7 @@ class Model:
     @property
     def lens(self) -> Any:
         """The `TransformerBridge`. Layouts that TransformerLens copies (NeoX) are booted anew after the weights changed."""
-        state = None
-        if self._lens is not None and self._lens_state is not None:
-            state = self._weights_state()
+        state = None if self._lens_state is None else self._weights_state()
         if self._lens is None or state != self._lens_state:
             self._lens = lens_face.boot(self.hf, self.tokenizer)
             self._lens_state = None if lens_face.shares_all(self.base, self._lens) else self._weights_state()
@@ -214,9 +212,8 @@ class Model:
     ) -> Float[Tensor, "batch pos d_model"]:
         """The input of the unembedding or head: the residual stream after the final norm."""
         trunk = getattr(self.base, self.base.base_model_prefix)
-        caching = {} if self.is_encoder else {"use_cache": False}
         with self.evaluating():
-            return trunk(**self.inputs(tokens, attention_mask), **caching).last_hidden_state
+            return trunk(**self.inputs(tokens, attention_mask), **({} if self.is_encoder else {"use_cache": False}))[0]
 
     def unembed(
         self, hidden: Float[Tensor, "*batch d_model"], columns: Int[Tensor, " column"] | None = None

@@ -56,7 +56,9 @@ def test_the_layer_is_chosen_by_held_out_accuracy():
     model, held = planted_model(), capitals().select(range(8))
     vector = torch.zeros(128)
     vector[9] = 16.0  # the direction "capital"
-    layer, accuracies = best_layer(model, held, lambda layer: (lambda x: x + vector) if layer == 1 else (lambda x: x - vector))
+    layer, accuracies = best_layer(
+        model, held, lambda layer: (lambda x: x + vector) if layer == 1 else (lambda x: x - vector)
+    )
     assert layer == 1 and accuracies[1] > accuracies[0]
     with residual_edit(model, 1, lambda x: x + vector):
         gold = encode_prompts(model, held.prompts()).first
@@ -73,7 +75,10 @@ def test_a_task_vector_of_one_prompt_gives_that_prompts_answer_at_the_last_block
         assert torch.allclose(logits_of(model, task), expected.expand(12, -1), atol=1e-4)
     adapter = fit_task_vector(model, task, task, n_prompts=1, n_shots=1)
     with adapter.apply():
-        assert not torch.allclose(logits_of(model, task), expected.expand(12, -1), atol=1e-4) or "layer 2" in adapter.details
+        assert (
+            not torch.allclose(logits_of(model, task), expected.expand(12, -1), atol=1e-4)
+            or "layer 2" in adapter.details
+        )
 
 
 def test_the_policy_gradient_is_that_of_the_expected_loss():

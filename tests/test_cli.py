@@ -9,6 +9,8 @@ import pytest
 
 from interventions import cli
 
+from command import luthier
+
 WORDS = "good= good,bad= bad,fair= fair"
 TEMPLATE = "{text} | sentiment:{label}"
 
@@ -26,18 +28,6 @@ def rows(tmp_path_factory):
             for row in world.sentiment(language, n, 0, split):
                 writer.writerow({"sentence": row["text"], "feeling": row["label"]})
     return folder
-
-
-def luthier(monkeypatch, capsys, *arguments):
-    """Exit code, stdout, stderr."""
-    monkeypatch.setattr(sys, "argv", ["luthier", *map(str, arguments)])
-    code = 0
-    try:
-        cli.main()
-    except SystemExit as stop:
-        code = stop.code or 0
-    said = capsys.readouterr()
-    return code, said.out, said.err
 
 
 def options(rows, file="english-train.csv"):

@@ -1,14 +1,15 @@
 """`luthier align` and its figure: true runs on the pocket model, bad input in one line."""
 
 import json
-import sys
 
 import pytest
 import torch
 
 from circuits import load
-from interventions import aisp, cli, rowwise
+from interventions import aisp, rowwise
 from viz import decoding
+
+from command import luthier
 
 PROMPTS = ["the food was", "tonight , the train was"]
 RULE = "def words(prompt, response):\n    return len(set(response.split()))\n\ndef length(p, r):\n    return -len(r)\n"
@@ -18,17 +19,6 @@ RULE = "def words(prompt, response):\n    return len(set(response.split()))\n\nd
 def result():
     reward = rowwise(lambda _p, r: float(len(set(r.split()))))
     return aisp(load("pocket"), PROMPTS, reward, n=6, iterations=4, horizon=8, progress=False)
-
-
-def luthier(monkeypatch, capsys, *arguments):
-    monkeypatch.setattr(sys, "argv", ["luthier", *map(str, arguments)])
-    code = 0
-    try:
-        cli.main()
-    except SystemExit as stop:
-        code = stop.code or 0
-    said = capsys.readouterr()
-    return code, said.out, said.err
 
 
 def test_align_writes_responses_rounds_and_a_page(tmp_path, monkeypatch, capsys, result):

@@ -2,26 +2,15 @@
 
 import csv
 import json
-import sys
 
 import pytest
 
 from interventions import cli
 
+from command import luthier
+
 WORDS = "good= good,bad= bad,fair= fair"
 TEMPLATE = "{text} | sentiment:{label}"
-
-
-def luthier(monkeypatch, capsys, *arguments):
-    """Exit code, stdout, stderr."""
-    monkeypatch.setattr(sys, "argv", ["luthier", *map(str, arguments)])
-    code = 0
-    try:
-        cli.main()
-    except SystemExit as stop:
-        code = stop.code or 0
-    said = capsys.readouterr()
-    return code, said.out, said.err
 
 
 @pytest.fixture(scope="module")

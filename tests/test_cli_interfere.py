@@ -1,26 +1,13 @@
 """`luthier interfere` as people call it, on the pocket model."""
 
 import json
-import sys
 
 import pytest
 import torch
 
-from interventions import cli
+from command import luthier
 
 TRAIN = ("train", "--objective", "{f}/forget.jsonl", "--out", "{f}/x", "--constraint")
-
-
-def luthier(monkeypatch, capsys, *arguments):
-    """Exit code, stdout, stderr."""
-    monkeypatch.setattr(sys, "argv", ["luthier", *map(str, arguments)])
-    code = 0
-    try:
-        cli.main()
-    except SystemExit as stop:
-        code = stop.code or 0
-    said = capsys.readouterr()
-    return code, said.out, said.err
 
 
 @pytest.fixture(scope="module")

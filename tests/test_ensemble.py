@@ -117,7 +117,9 @@ def test_scores_of_sequences(fitted):
     seen = fitted.score(rows)
     assert seen.tokens.tolist() == [4, 4]  # the end token is scored too
     torch.testing.assert_close(seen.members, fitted.log_likelihood(rows), atol=1e-4, rtol=1e-4)
-    torch.testing.assert_close(seen.sequence_mixture, seen.members.double().exp().mean(0).log().float(), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(
+        seen.sequence_mixture, seen.members.double().exp().mean(0).log().float(), atol=1e-4, rtol=1e-4
+    )
     alone = RenyiEnsemble(tiny("gpt2"), 1, tokenizer=tokenizer()).score(rows)
     torch.testing.assert_close(alone.token_mixture, alone.members[0])
 

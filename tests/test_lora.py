@@ -92,7 +92,10 @@ def test_new_members_are_the_base_and_start_apart():
 
 def test_adapters_survive_a_round_trip(tmp_path):
     hf = tiny("qwen2")
-    stack, other = stacked(hf, target_modules=["q_proj", "v_proj"]), StackedLoRA(hf, 3, 4, target_modules=["q_proj", "v_proj"])
+    stack, other = (
+        stacked(hf, target_modules=["q_proj", "v_proj"]),
+        StackedLoRA(hf, 3, 4, target_modules=["q_proj", "v_proj"]),
+    )
     for member in range(3):
         stack.save_member(member, tmp_path / str(member), hf)
         other.load_member(member, tmp_path / str(member))
@@ -155,7 +158,9 @@ def test_hooks_go_and_gradients_return_when_the_model_fails():
 
 def test_bad_input_is_told(tmp_path):
     hf = tiny("llama")
-    with pytest.raises(ValueError, match="match no linear layer of LlamaForCausalLM; its linear layers end in down_proj"):
+    with pytest.raises(
+        ValueError, match="match no linear layer of LlamaForCausalLM; its linear layers end in down_proj"
+    ):
         StackedLoRA(hf, 2, target_modules=["c_attn"])
     with pytest.raises(ValueError, match="members=0"):
         StackedLoRA(hf, 0)

@@ -63,7 +63,9 @@ def test_prompts_of_one_token_need_no_prefix():
     model = loaded("gpt2")
     task = FewShotTask.from_pairs([("a", "b"), ("c", "d")], template="{input}{output}", digit_rule=False)
     cache = PrefixCache(model, encode_prompts(model, task.prompts()))
-    assert torch.allclose(cache.logits(torch.tensor([1])), model(torch.tensor([model.tokenizer("c")["input_ids"]]))[:, -1])
+    assert torch.allclose(
+        cache.logits(torch.tensor([1])), model(torch.tensor([model.tokenizer("c")["input_ids"]]))[:, -1]
+    )
 
 
 def test_several_tasks_and_seeds_in_one_backward_equal_separate_fits():
@@ -92,7 +94,9 @@ def test_the_checkpoint_is_the_minimum_of_the_validation_curve():
     task = first_letters()
     train, held = task.split(8)
     embedding = embed(model)
-    found = select_heads(model, train, embedding, validation=held, lr=2.0, seeds=3, steps=12, validate_every=1, progress=False)
+    found = select_heads(
+        model, train, embedding, validation=held, lr=2.0, seeds=3, steps=12, validate_every=1, progress=False
+    )
     assert torch.equal(found.validation, found.curve.min(0).values)
     assert any(step != 12 for step in found.best_step), "every run ended at its best step: the test shows nothing"
     prompts = PrefixCache(model, encode_prompts(model, held.prompts()))
@@ -105,7 +109,9 @@ def test_the_checkpoint_is_the_minimum_of_the_validation_curve():
 
 def test_patience_stops_a_fit_that_no_longer_improves():
     model = loaded("gpt2")
-    found = select_heads(model, first_letters(), embed(model), steps=60, lr=3.0, validate_every=2, patience=3, progress=False)
+    found = select_heads(
+        model, first_letters(), embed(model), steps=60, lr=3.0, validate_every=2, patience=3, progress=False
+    )
     assert found.checks[-1] < 60
 
 
@@ -113,7 +119,9 @@ def test_patience_stops_a_fit_that_no_longer_improves():
 def test_a_planted_head_ranks_first_on_every_seed(seed):
     model = planted_model(seed)
     embedding = task_embedding(model, capitals(), n_prompts=20, n_shots=4, seed=seed, progress=False)
-    found = select_heads(model, capitals(), embedding, steps=40, seeds=3, seed=10 * seed, validate_every=20, progress=False)
+    found = select_heads(
+        model, capitals(), embedding, steps=40, seeds=3, seed=10 * seed, validate_every=20, progress=False
+    )
     for alpha in torch.sigmoid(found.theta):
         assert Head(*divmod(int(alpha.argmax()), 4)) == PLANTED
     assert found.rank()[0] == PLANTED and found.alpha[PLANTED] > 0.8

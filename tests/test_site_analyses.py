@@ -20,7 +20,12 @@ def planted():
 def small(family="llama"):
     model, task = loaded(family), first_letters()
     embedding = task_embedding(model, task, n_prompts=4, n_shots=1, progress=False)
-    return model, task, embedding, select_heads(model, task, embedding, steps=4, seeds=2, validate_every=2, progress=False)
+    return (
+        model,
+        task,
+        embedding,
+        select_heads(model, task, embedding, steps=4, seeds=2, validate_every=2, progress=False),
+    )
 
 
 def test_outcomes_are_those_of_injected_forwards():
@@ -82,7 +87,10 @@ def test_the_slope_is_the_derivative_of_the_loss(planted):
 def test_transfer_uses_a_tasks_heads_with_the_others_embedding():
     model, task, embedding, found = small()
     other = first_letters(9).permuted(1)
-    tasks, embeddings = {"a": task, "b": other}, {"a": embedding, "b": task_embedding(model, other, n_prompts=3, n_shots=1)}
+    tasks, embeddings = (
+        {"a": task, "b": other},
+        {"a": embedding, "b": task_embedding(model, other, n_prompts=3, n_shots=1)},
+    )
     selections = {"a": found, "b": select_heads(model, other, embeddings["b"], steps=2, progress=False)}
     matrix = transfer_matrix(model, tasks, embeddings, selections)
     for column, target in enumerate("ab"):
@@ -91,7 +99,9 @@ def test_transfer_uses_a_tasks_heads_with_the_others_embedding():
             with inject(model, embeddings[target], selections[source]), torch.no_grad():
                 hits = model(prompts.tokens, prompts.attention_mask)[:, -1].argmax(-1) == prompts.first
             assert abs(matrix.accuracy[row, column] - hits.float().mean()) < 1e-6
-    assert torch.allclose(matrix.cosine.diagonal(), torch.ones(2)) and torch.equal(matrix.jaccard.diagonal(), torch.ones(2))
+    assert torch.allclose(matrix.cosine.diagonal(), torch.ones(2)) and torch.equal(
+        matrix.jaccard.diagonal(), torch.ones(2)
+    )
     assert "heads of" in matrix.table()
 
 
