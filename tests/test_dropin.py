@@ -218,28 +218,11 @@ def environment():
     return {**os.environ, "PYTHONPATH": f"{TESTS.parent}{os.pathsep}{TESTS}", "OMP_NUM_THREADS": "1"}
 
 
-def launch(script, folder, *options):
+def launch(script, folder, how):
     """`accelerate launch` with two gloo processes on this machine; the launcher's CPU switch starts one process only."""
-    command = [
-        sys.executable,
-        "-m",
-        "accelerate.commands.launch",
-        *options,
-        "--num_processes",
-        "2",
-        "--num_machines",
-        "1",
-    ]
-    command += [
-        "--mixed_precision",
-        "no",
-        "--dynamo_backend",
-        "no",
-        "--main_process_port",
-        "0",
-        str(script),
-        str(folder),
-    ]
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+    command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    command += [str(script), str(folder), how]
     variables = {**environment(), "ACCELERATE_USE_CPU": "true"}
     done = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
@@ -251,9 +234,7 @@ def launch(script, folder, *options):
 def test_two_processes_give_the_result_of_one(how, tmp_path):
     from safetensors.torch import load_file
 
-    extra = ("--use_fsdp", "--fsdp_version", "2", "--fsdp_auto_wrap_policy", "TRANSFORMER_BASED_WRAP",
-             "--fsdp_transformer_layer_cls_to_wrap", "LlamaDecoderLayer", "--fsdp_state_dict_type", "FULL_STATE_DICT")  # fmt: skip
-    out = launch(TESTS / "two_processes.py", tmp_path, *(extra if how == "fsdp2" else ("--multi_gpu",)))
+    out = launch(TESTS / "two_processes.py", tmp_path, how)
     assert out.count("frozen values changed") == 2 and "FROZEN" not in out, out
     assert ("\n0 sharded" in f"\n{out}") == (how == "ddp"), out
     model, mask = setting()
