@@ -157,12 +157,7 @@ def test_lora_on_layers_outside_the_mask_is_refused():
         only_norms.lora_config()
 
 
-@pytest.mark.filterwarnings(
-    "ignore:.*gradient_checkpointing_enable.* is deprecated:FutureWarning"
-)  # the name before v6
-@pytest.mark.filterwarnings(
-    "ignore:Sparse invariant checks are implicitly disabled:UserWarning"
-)  # PEFT's sparse update
+@pytest.mark.filterwarnings("ignore:Sparse invariant checks are implicitly disabled:UserWarning")  # PEFT's sparse update
 def test_shira_learns_exactly_the_masked_entries_where_it_fits(tmp_path):
     from peft import get_peft_model
 
@@ -178,6 +173,7 @@ def test_shira_learns_exactly_the_masked_entries_where_it_fits(tmp_path):
         HeadMask.from_circuit(uneven, model, kv="freeze", norms="none").shira_config(model)
 
 
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.* is deprecated:FutureWarning")  # the names before v6
 def test_gradient_checkpointing_gives_the_same_gradients():
     gradients = []
     for enabled in (False, True):
