@@ -157,7 +157,9 @@ def test_lora_on_layers_outside_the_mask_is_refused():
         only_norms.lora_config()
 
 
-@pytest.mark.filterwarnings("ignore:Sparse invariant checks are implicitly disabled:UserWarning")  # PEFT's sparse update
+@pytest.mark.filterwarnings(
+    "ignore:Sparse invariant checks are implicitly disabled:UserWarning"
+)  # PEFT's sparse update
 def test_shira_learns_exactly_the_masked_entries_where_it_fits(tmp_path):
     from peft import get_peft_model
 
