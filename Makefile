@@ -16,7 +16,7 @@ test: $(VENV)/.tests check
 check: $(VENV)/.tests
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/pyright
+	$(BIN)/pyright --pythonpath $(BIN)/python
 
 bench: $(VENV)/.tests
 	for file in tests/benchmarks/bench_*.py; do $(BIN)/python $$file || exit 1; done
