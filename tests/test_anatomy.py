@@ -74,6 +74,13 @@ def test_slices_written_out():
         ("model.layers.2.self_attn.v_proj.weight", 0, 8, 16),
         ("model.layers.2.self_attn.o_proj.weight", 1, 24, 32),
     ]
+    middle = shared_tiny("llama").anatomy.slices(Head(2, 2))  # so is head 2
+    assert middle[1] == ("model.layers.2.self_attn.k_proj.weight", 0, 8, 16)
+    assert [shared_tiny("llama").anatomy.kv_head(head) for head in range(4)] == [0, 0, 1, 1]
+    neox = [
+        tuple(s) for s in shared_tiny("neox").anatomy.slices((0, 1), biases=False)
+    ]  # q, k, v of a head side by side
+    assert [s[1:] for s in neox] == [(0, 24, 32), (0, 32, 40), (0, 40, 48), (1, 8, 16)]
     gpt2 = [tuple(s) for s in shared_tiny("gpt2").anatomy.slices((0, 1))]
     assert gpt2[2:4] == [
         ("transformer.h.0.attn.c_attn.weight", 1, 40, 48),

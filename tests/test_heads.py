@@ -64,6 +64,8 @@ def test_the_bootstrap_interval_covers_the_mean_and_shrinks_with_examples():
         assert ((low < s.values) & (s.values < high)).all()
         # A normal mean's interval is 2 x 1.96 / sqrt(n) wide.
         assert ((high - low) * n**0.5 / 3.92 - 1).abs().max() < 0.35
+    same = HeadScores.from_examples(torch.full((7, 1, 2), 3.0), "constant")
+    assert torch.allclose(torch.stack(same.interval()), torch.full((2, 1, 2), 3.0))
     with pytest.raises(ValueError, match="no per-example values"):
         scores([[1.0]]).interval()
 
