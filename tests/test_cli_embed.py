@@ -1,26 +1,15 @@
 import json
-import sys
+from functools import partial
 
 import pytest
 
-from interventions import cli
+import command
 
 
 @pytest.fixture
 def luthier(monkeypatch, capsys):
-    """Exit code, stdout, stderr."""
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["luthier", "embed", *map(str, arguments)])
-        code = 0
-        try:
-            cli.main()
-        except SystemExit as stop:
-            code = stop.code or 0
-        said = capsys.readouterr()
-        return code, said.out, said.err
-
-    return run
+    """Exit code, stdout, stderr of `luthier embed ...`."""
+    return partial(command.luthier, monkeypatch, capsys, "embed")
 
 
 def test_fit_then_apply_answers_zero_shot_queries(luthier, tmp_path):
