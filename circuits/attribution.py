@@ -2,7 +2,7 @@
 
 m(x) is the task's margin (gold minus the mean of the other columns) and z_h a head's output before W_O.
 
-1. Reference r_h: the head's mean (`circuits.means`), zero, or its z on the example's corrupted twin ("resample").
+1. Reference r_h: the head's mean (`circuits.means`), zero, or its z on another example ("resample": the corrupted twin, or a donor).
 2. `ablation`, the oracle:     s_h = m(x) - m(x; z_h := r_h). One head at a time, everything downstream recomputed.
 3. `gradient`, attribution patching (Syed et al. 2023, arXiv 2310.10348, at nodes): s_h = <z_h - r_h, dm/dz_h>, all heads
    from one backward pass.
@@ -27,6 +27,7 @@ from .means import mean_activations
 from .model import Model
 from .progress import track
 from .readout import column_logits, rows_that_fit, short_batches
+from .resampling import donor_z, with_donors
 from .resume import resume_at
 from .tasks import Task
 
@@ -215,6 +216,8 @@ def _score(
     if reference is None:
         reference = reference_activations(model, task, ablate, means, per_position, batch_size)
     encoded = task.encode(model)
+    if reference is None:
+        encoded = with_donors(encoded)
     rows = rows_that_fit(model, encoded, batch_size)
     values = torch.zeros(len(encoded), model.anatomy.n_layers, model.anatomy.n_heads)
     for indices, batch in track(short_batches(encoded, rows), method, -(-len(encoded) // rows), progress):
@@ -236,27 +239,13 @@ def _score(
 def reference_activations(
     model: Model, task: Task, ablate: str, means: str, per_position: bool = False, batch_size: int | None = None
 ) -> Float[Tensor, "layer *position head d_head"] | None:
-    """What replaces a head: its mean, zero, or (None) its z on each example's corrupted twin."""
+    """What replaces a head: its mean, zero, or (None) its z on each example's donor (`resampling`)."""
     if ablate not in ABLATIONS:
         raise ValueError(f"ablate={ablate!r}; expected one of {', '.join(map(repr, ABLATIONS))}")
     if ablate == "resample":
-        _check_twins(task.encode(model))
         return None
     kind = "zero" if ablate == "zero" else means
     return mean_activations(model, task, kind, per_position, batch_size)
-
-
-def _check_twins(encoded: Encoded) -> None:
-    if encoded.corrupted is None:
-        raise ValueError(
-            "ablate='resample' needs corrupted twins; give every row a 'corrupted' prompt, or ablate='mean'"
-        )
-    if not torch.equal(encoded.attention_mask, encoded.corrupted.attention_mask):
-        unequal = (encoded.attention_mask.sum(1) != encoded.corrupted.attention_mask.sum(1)).nonzero()[:, 0].tolist()
-        raise ValueError(
-            f"ablate='resample' swaps z position by position, but rows {unequal[:8]} have a different number of tokens "
-            "in 'prompt' and 'corrupted'; make the twins equally long, or use ablate='mean'"
-        )
 
 
 def difference(
@@ -267,10 +256,7 @@ def difference(
         model.hidden(batch.tokens, batch.attention_mask)
     z = clean.stack().float()
     if reference is None:
-        assert batch.corrupted is not None
-        with torch.no_grad(), record(model, "z") as twin:
-            model.hidden(batch.corrupted.tokens, batch.corrupted.attention_mask)
-        against = twin.stack().float()
+        against = donor_z(model, batch).float()
     elif reference.ndim == 3:
         against = reference[:, None, None].to(z)
     else:

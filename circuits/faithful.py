@@ -1,6 +1,6 @@
 """How much of the behaviour a circuit keeps when every other head is ablated.
 
-1. m(C): mean margin with the heads outside C replaced by their mean, zero, or their z on the corrupted twin; MLPs stay.
+1. m(C): mean margin with the heads outside C replaced by their mean, zero, or their z on another example; MLPs stay.
 2. Faithfulness = (m(C) - m(0)) / (m(M) - m(0)), with M all heads and 0 none (CD-T, arXiv 2407.00886, section 4; the
    normalised logit difference of Wang et al., arXiv 2211.00593). Accuracy is read from the same runs.
 3. Curve: C = the top k heads by score, for each size k; 1.0 is the whole model, and more than 1 is possible.
@@ -21,10 +21,11 @@ from .attribution import reference_activations
 from .encoding import Encoded
 from .files import load_tensors, save_tensors
 from .heads import Circuit, Head, HeadScores
-from .hooks import record, rewrite
+from .hooks import rewrite
 from .model import Model
 from .progress import track
 from .readout import column_logits, rows_that_fit, short_batches
+from .resampling import donor_z, with_donors
 from .tasks import Task
 
 
@@ -233,6 +234,8 @@ def _run(
     """Margins and correctness of the task with only the kept heads alive, many circuits per forward."""
     reference = reference_activations(model, task, ablate, means, per_position, batch_size)
     encoded = task.encode(model)
+    if reference is None:
+        encoded = with_donors(encoded)
     rows = rows_that_fit(model, encoded, batch_size)
     # Circuits share forwards: identical ones (every control of an empty or full circuit) are run once.
     unique, where = torch.unique(keep.flatten(1), dim=0, return_inverse=True)
@@ -263,13 +266,10 @@ def _kept_logits(
 
 
 def _against(model: Model, batch: Encoded, reference: Tensor | None) -> Float[Tensor, "layer #batch #position head d"]:
-    """What stands in for an ablated head: its mean everywhere, or its z on the twin."""
+    """What stands in for an ablated head: its mean everywhere, or its z on the donor."""
     if reference is not None:
         return reference[:, None, None] if reference.ndim == 3 else reference[:, None, : batch.tokens.shape[1]]
-    assert batch.corrupted is not None
-    with torch.no_grad(), record(model, "z") as twin:
-        model.hidden(batch.corrupted.tokens, batch.corrupted.attention_mask)
-    return twin.stack()
+    return donor_z(model, batch)
 
 
 def _sizes(model: Model, scores: HeadScores, sizes: Sequence[int] | None) -> list[int]:

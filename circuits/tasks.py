@@ -234,7 +234,11 @@ class PairedTask(Task):
         if not rows:
             raise ValueError("no examples were given; expected rows with prompt, answer and distractor")
         parts = [tuple(column(rows, name)) for name in ("prompt", "answer", "distractor")]
-        task = cls(*parts, tuple(row.get("corrupted") or None for row in rows), **options)
+        twins = tuple(row.get("corrupted") or None for row in rows)
+        lone = [i + 1 for i, twin in enumerate(twins) if twin is None]
+        if 0 < len(lone) < len(rows):
+            raise ValueError(f"rows {lone[:8]} have no 'corrupted' prompt and others do; give all rows one, or none")
+        task = cls(*parts, twins, **options)
         if model is not None:
             task.encode(model)
         return task

@@ -58,7 +58,7 @@ def discover(
     ] = "label-balanced",
     per_position: Annotated[bool, typer.Option(help="One mean per position: for prompts of one length.")] = False,
     ablate: Annotated[
-        str, typer.Option(help="Faithfulness: mean, zero or resample (paired data with twins).")
+        str, typer.Option(help="Replace heads by: mean, zero or resample (the twin, or another example).")
     ] = "mean",
     controls: Annotated[int, typer.Option(help="Matched-random circuits per size.")] = 10,
     max_length: Annotated[int | None, typer.Option(help="Longest prompt in tokens.")] = None,

@@ -3,7 +3,7 @@
 They live in the optimizer's state until the step, so that a checkpoint taken in the middle of an accumulation is complete.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 KEYS = {"f": "gradient_f", "g": "gradient_g"}
 SIDES = {"f": "objective", "g": "constraint"}
+# A loss, a function that computes it (its graph is freed before the next one is built), or {parameter name: gradient}.
+Objective = Tensor | Callable[[], Tensor] | Mapping[str, Tensor]
 
 
 class Pair(NamedTuple):
@@ -28,8 +30,10 @@ class Pair(NamedTuple):
         return parts[0] + parts[1] if len(parts) == 2 else parts[0]
 
 
-def collect(optimizer: "SIFT", side: str, source: Tensor | Mapping[str, Tensor], retain_graph: bool) -> None:
+def collect(optimizer: "SIFT", side: str, source: Objective, retain_graph: bool) -> None:
     """Add one objective's masked gradients. `autograd.grad` keeps them apart from `.grad` and from each other."""
+    if not isinstance(source, Tensor | Mapping):
+        source = source()
     moving = [p for group in optimizer.param_groups for p in group["params"]]
     if isinstance(source, Tensor):
         if source.numel() != 1 or not source.requires_grad:

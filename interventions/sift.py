@@ -25,7 +25,7 @@ from circuits.spectral import OVERSAMPLING, Spectrum, inverse_sqrt, subspace_ite
 
 from . import muon
 from .controls import adamw_update, blur, pcgrad
-from .gradient_pairs import Pair, clear, clip_, collect, gather, require_sound, synchronize
+from .gradient_pairs import Objective, Pair, clear, clip_, collect, gather, require_sound, synchronize
 from .trainable import blocks_of, masks_of, unwrapped
 
 CONTROLS = ("sift", "sum", "topk", "pcgrad", "blur", "random-gate")
@@ -149,8 +149,8 @@ class SIFT(torch.optim.Optimizer):
     def accumulate(
         self,
         *,
-        objective: Tensor | Mapping[str, Tensor] | None = None,
-        constraint: Tensor | Mapping[str, Tensor] | None = None,
+        objective: Objective | None = None,
+        constraint: Objective | None = None,
     ) -> None:
         """Add the gradients of a micro-batch. As with `backward`, the caller divides losses by the number of micro-batches."""
         if objective is not None:
@@ -167,10 +167,10 @@ class SIFT(torch.optim.Optimizer):
         self,
         closure: Callable[[], Any] | None = None,
         *,
-        objective: Tensor | Mapping[str, Tensor] | None = None,
-        constraint: Tensor | Mapping[str, Tensor] | None = None,
+        objective: Objective | None = None,
+        constraint: Objective | None = None,
     ) -> Any:
-        """One step on what was accumulated and what is given here: losses, or {parameter name: gradient}.
+        """One step on what was accumulated and what is given here: losses, functions that return them, or {parameter name: gradient}.
 
         With neither, the `.grad` of the parameters counts as the objective, and the step is a plain Muon step.
         Raises ValueError, before anything moves, when a gradient is not finite or the two objectives share no parameter.

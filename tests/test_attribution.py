@@ -214,7 +214,6 @@ def test_nothing_stays_behind_when_the_model_raises():
         (dict(ablate="median"), "ablate='median'; expected one of 'mean', 'zero', 'resample'"),
         (dict(means="mode"), "means='mode'; expected one of 'label-balanced'"),
         (dict(positions="first"), "positions='first'; expected 'all' or 'readout'"),
-        (dict(ablate="resample"), "needs corrupted twins"),
         (dict(means="corrupted"), "needs corrupted twins"),
         (dict(batch_size=0), "batch_size=0; expected a positive number"),
         (dict(heads=[Head(9, 0)]), "a9.h0"),

@@ -290,6 +290,16 @@ def test_both_losses_from_one_forward():
     assert all(gate.controlled for gate in optimizer.last)
 
 
+def test_functions_that_compute_the_losses_move_as_the_losses_do():
+    given, computed = tiny("gpt2"), tiny("gpt2")
+    SIFT(given, epsilon=1.1).step(**losses(given, seed=1))
+    parts = {name: lambda name=name: losses(computed, seed=1)[name] for name in ("objective", "constraint")}
+    SIFT(computed, epsilon=1.1).step(**parts)
+    for name, value in given.named_parameters():
+        assert torch.equal(value, computed.get_parameter(name)), name
+    assert not torch.equal(given.lm_head.weight, tiny("gpt2").lm_head.weight)
+
+
 @pytest.mark.parametrize(("control", "dtype"), [("sift", torch.bfloat16), ("random-gate", torch.float32)])
 def test_resumed_training_is_bit_equal(control, dtype, tmp_path):
     """Acceptance 12, saved in the middle of an accumulation, through a file."""

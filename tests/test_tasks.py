@@ -198,6 +198,10 @@ def test_pairs_refuse_what_makes_no_sense():
         PairedTask.from_rows([{**PAIRS[0], "distractor": " Mary"}], model_of("llama"))
     with pytest.raises(ValueError, match="row 1 has no column 'distractor'; it has: prompt, answer"):
         PairedTask.from_rows([{"prompt": "x", "answer": " Mary"}])
+    with pytest.raises(
+        ValueError, match=r"rows \[2\] have no 'corrupted' prompt and others do; give all rows one, or none"
+    ):
+        PairedTask.from_rows([PAIRS[0], {**PAIRS[1], "corrupted": None}])
     with pytest.raises(ValueError, match="has no tokenizer, so text cannot be read"):
         PairedTask.from_rows(PAIRS, load(tiny("llama")))
 
