@@ -40,6 +40,9 @@ class AlphaCurve:
     soft: Bool[Tensor, " row"]
     clean: Bool[Tensor, " row"]
 
+    def __repr__(self) -> str:
+        return self.table()
+
     def table(self) -> str:
         lines = [
             f"soft alpha {mean_interval(self.soft)}, no injection {mean_interval(self.clean)} (n={len(self.soft)})"

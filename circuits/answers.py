@@ -33,6 +33,10 @@ class AnswerScores:
     prompt_tokens: float
     seconds: float
 
+    def __repr__(self) -> str:
+        means = [f"{name} {getattr(self, name).float().mean():.3f}" for name in ("first", "exact", "prefix", "nll")]
+        return f"AnswerScores({', '.join(means)}; n={len(self.texts)}, {self.prompt_tokens:.1f} prompt tokens, {self.seconds:.2f} s)"
+
 
 def matches(text: str, gold: str, fold_case: bool = True) -> tuple[bool, bool]:
     """(exact, prefix) of a generated text."""

@@ -55,6 +55,12 @@ class TaskEmbedding:
     accuracy: float | None = None
     nll: float | None = None
 
+    def __repr__(self) -> str:
+        layers, heads, _ = self.mean.shape
+        made = f"{self.n_prompts} prompts of {self.n_shots} shots, seed {self.seed}"
+        known = "" if self.accuracy is None else f"; accuracy with shots {self.accuracy:.3f}"
+        return f"TaskEmbedding({self.task} on {self.model}: {layers} layers x {heads} heads, {made}{known})"
+
     @property
     def signal(self) -> Float[Tensor, "layer head"]:
         """|t| over its standard error, per head: how well the mean is known."""

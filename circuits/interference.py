@@ -48,6 +48,10 @@ class Overlap:
     angles_left: Float[Tensor, " angle"]  # principal angles in radians, smallest first
     angles_right: Float[Tensor, " angle"]
 
+    def __repr__(self) -> str:
+        shared = f"overlap {self.overlap_left:.2f} left, {self.overlap_right:.2f} right"
+        return f"Overlap(cosine {self.cosine:+.3f}, STI {self.sti_fro_normalized:.3f}, {shared}, K={self.K})"
+
     @property
     def cosine(self) -> float:
         """Of the whole matrices; negative means conflict. 0 when one of them is zero."""

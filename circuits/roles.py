@@ -38,6 +38,11 @@ class HeadRoles:
     pulled_down: HeadSelection
     pulled_up: HeadSelection
 
+    def __repr__(self) -> str:
+        names = ("needed", "harmful", "indifferent")
+        leading = [f"most {name}: {' '.join(map(str, getattr(self, name).top(3)))}" for name in names]
+        return f"HeadRoles({'; '.join(leading)})"
+
 
 def head_roles(
     model: Any, task: FewShotTask, embedding: TaskEmbedding | Tensor, *, chg: float | int = 1.0, **options: Any

@@ -30,6 +30,9 @@ class TransferMatrix:
     cosine: Float[Tensor, "source target"]
     jaccard: Float[Tensor, "source target"]
 
+    def __repr__(self) -> str:
+        return self.table()
+
     def table(self) -> str:
         width = max(map(len, self.names)) + 2
         lines = ["heads of".ljust(width) + "".join(name.rjust(width) for name in self.names)]

@@ -33,6 +33,14 @@ class Aligned:
     mean: Float[Tensor, "prompt tau d"] | None = None
     token_kl: Float[Tensor, "prompt tau"] | None = None
 
+    def __repr__(self) -> str:
+        """One line of costs, then a line for each of the first prompts."""
+        costs = f"{int(self.samples.sum())} samples scored, {self.seconds:.1f} s; mean reward {float(self.rewards.mean()):.3f}"
+        shown = zip(self.prompts[:5], self.responses, self.rewards.tolist(), strict=False)
+        rows = [f"  {reward:.3f}  {prompt!r} -> {response!r}" for prompt, response, reward in shown]
+        more = [f"  and {len(self.prompts) - 5} more"] if len(self.prompts) > 5 else []
+        return "\n".join([f"Aligned({self.method}: {len(self.prompts)} prompts, {costs})", *rows, *more])
+
     def perturbation_norm(self) -> Float[Tensor, "prompt tau"]:
         """|u_t| per position."""
         if self.mean is None:

@@ -47,6 +47,9 @@ class Comparison:
             for method in self.scores
         ]
 
+    def __repr__(self) -> str:
+        return f"Comparison on {self.task}\n{self.table()}"
+
     def table(self) -> str:
         """Markdown, one line per method."""
         lines = [

@@ -99,6 +99,9 @@ class DecodingComparison:
         row["seconds"] = round(sum(part.seconds for part in parts) / len(parts), 1)
         return row
 
+    def __repr__(self) -> str:
+        return f"{self.table()}\n\n{self.statement()}"
+
     def table(self) -> str:
         """`rows()` as Markdown."""
         rows = self.rows()
