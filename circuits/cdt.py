@@ -5,11 +5,11 @@
    source, no gradients; all sources of a batch travel together (`propagation`).
 3. Score at the logits (CT-SFT eq. 4): β of the gold label's logit minus the mean β of the other labels' logits. Signed: positive
    supports the gold label. Under rules="exact" this is the head's exact mean-ablation effect.
-4. Score at a head t (eqs 5, 6): β_z(t) W_O[t] at the read-out position, projected on the unit vector of gold minus the mean of the
-   other labels' unembedding rows. `discovery` repeats this backwards from head to head.
+4. Score at a head t (eqs 5, 6; `targets`). `discovery` repeats this backwards from head to head.
 """
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -24,6 +24,7 @@ from .heads import Circuit, Head, HeadScores
 from .means import mean_activations
 from .model import Model
 from .propagation import DEFAULT_MEMORY, propagate
+from .targets import target_scores
 from .tasks import Task
 from .trace import Batch
 
@@ -87,7 +88,7 @@ def relevance(
         heads = _shortlist(model, task, mean, heads, screen)
     nodes = [[Node(head.layer, head.head)] for head in heads]
     check_sources(model, nodes, encoded.tokens.shape[1], rules)
-    options = dict(batch_size=batch_size, memory=memory, progress=progress)
+    options: dict[str, Any] = dict(batch_size=batch_size, memory=memory, progress=progress)
     with torch.no_grad(), model.evaluating():
         program = read(model.hf)
         if targets is None:
@@ -134,47 +135,6 @@ def logit_scores(
     beta = propagate(program, _read_once(model, mine), nodes, means, rules, columns, **options)
     assert beta is not None
     return sharding.gather((beta[:, :, 0] * mine.direction.to(beta)).sum(-1), len(encoded))
-
-
-def target_scores(
-    program: Program,
-    model: Model,
-    encoded: Encoded,
-    nodes: list[list[Node]],
-    targets: Sequence[Head],
-    means: Tensor,
-    rules: str,
-    **options,
-) -> Float[Tensor, "source target example"]:
-    """Eq. 6 for each source, target head and example; 0 for sources that do not come before the target."""
-    mine = encoded.select(sharding.share(len(encoded)))
-    directions = task_directions(program, mine)  # example d_model
-    scores = torch.zeros(len(nodes), len(targets), len(mine), device=model.device)
-
-    def measure(layer: int, site: str, beta: Tensor, total: Tensor, indices: Tensor, examples: slice) -> None:
-        for column, target in enumerate(targets):
-            if target.layer == layer:
-                written = beta[:, :, 0, target.head] @ model.anatomy.W_O(model.hf, layer)[target.head].to(beta)
-                scores[indices, column, examples] = (written * directions[examples].to(beta)).sum(-1).to(scores)
-
-    sites = {target.layer: ("z",) for target in targets}
-    batch = _read_once(model, mine)
-    propagate(program, batch, nodes, means, rules, None, sites, measure, **options)
-    before = torch.tensor([[n[0].layer < t.layer for t in targets] for n in nodes], device=model.device)
-    return sharding.gather(scores * before[:, :, None], len(encoded))
-
-
-def task_directions(program: Program, encoded: Encoded) -> Float[Tensor, "example d_model"]:
-    """v_task / ||v_task|| (eqs 5, 6): gold minus the mean of the others, in the residual stream before the final norm.
-
-    A head with its own dense layer (BERT's pooler or MLM transform) is followed back through that linear map.
-    """
-    head = program.unembedding
-    weight = head.out.weight[encoded.columns.to(head.out.weight.device)].float()
-    directions = encoded.direction.to(weight) @ weight
-    if head.dense is not None:
-        directions = directions @ head.dense.weight.float()
-    return directions / directions.norm(dim=-1, keepdim=True).clamp(min=1e-12)
 
 
 # ---- what the caller gave, checked ----------------------------------------------------------------------------------

@@ -1,8 +1,8 @@
 """Backward discovery: from the logits to the heads that write the answer, then to the heads that feed those (CT-SFT section 4).
 
 1. T(0) = the logits. Score every head (eq. 4), average over examples, keep the highest: C(0).
-2. Depth d: T(d) = C(d-1). Score every head that comes before a target against each target (eq. 6), average over targets and
-   examples, keep the highest that are not yet in the circuit: C(d). The circuit is the union.
+2. Depth d: T(d) = C(d-1). Score every head that comes before a target against each target (eq. 6, or another reading of
+   `targets`), average over targets and examples, keep the highest that are not yet in the circuit: C(d). The circuit is the union.
 3. Optional: stop as soon as the circuit keeps enough of the behaviour (CD-T algorithm 1's test), and at the end drop heads
    one by one as long as what is kept does not fall (its greedy pruning).
 
@@ -18,12 +18,13 @@ from torch import Tensor
 
 from .blocks import Program
 from .carrier import Node
-from .cdt import check_sources, logit_scores, reference, target_scores
+from .cdt import check_sources, logit_scores, reference
 from .encoding import Encoded
 from .families import read
 from .heads import Circuit, Head
 from .model import Model
 from .propagation import DEFAULT_MEMORY
+from .targets import check_sites, target_scores
 from .tasks import Task
 
 
@@ -35,6 +36,8 @@ def discover(
     per_depth: float | int = 0.02,
     percentile: float | None = None,
     rules: str = "exact",
+    through: Sequence[str] = ("z",),
+    score: str | None = None,
     means: str | Float[Tensor, "layer *place head d_head"] = "label-balanced",
     per_position: bool = False,
     stop_at: float | None = None,
@@ -47,8 +50,12 @@ def discover(
 
     `per_depth`: a share of all heads (0.02) or a number of heads (6) added per step; `percentile` (90 to 99 in CD-T) keeps
     instead the heads at or above that percentile of the step's scores. `stop_at` ends when faithfulness reaches it.
+    `through` and `score` say how heads feed a target (`targets`): eq. 6 at its z by default; `through=("q", "k", "v")` adds up the
+    "effect" of its queries, keys and values, which finds heads that act where nothing is written towards the answer.
     """
     size = _size(per_depth, percentile, depth, model)
+    score = score or ("answer" if tuple(through) == ("z",) else "effect")
+    check_sites(through, score)
     encoded = task.encode(model)
     mean = reference(model, task, means, per_position, batch_size, encoded.tokens.shape[1])
     check_sources(model, [[Node(0, 0)]], encoded.tokens.shape[1], rules)
@@ -66,7 +73,8 @@ def discover(
             if frontier is None:
                 scores = logit_scores(program, model, encoded, nodes, mean, rules, **options).mean(1)
             else:
-                scores = target_scores(program, model, encoded, nodes, frontier, mean, rules, **options).mean((1, 2))
+                how = (mean, rules, through, score)
+                scores = target_scores(program, model, encoded, nodes, frontier, *how, **options).mean((1, 2))
             frontier = _best(candidates, scores, size, percentile)
             chosen += frontier
             kept = _kept(program, model, encoded, [chosen], mean, memory)[0]
@@ -85,6 +93,7 @@ def discover(
             "options": {
                 "depth": depth, "per_depth": per_depth, "percentile": percentile, "rules": rules, "stop_at": stop_at,
                 "means": means if isinstance(means, str) else "given", "per_position": per_position, "prune": prune,
+                "through": list(through), "score": score,
             },
         },
     )  # fmt: skip

@@ -1,9 +1,8 @@
 """Who feeds whom: the relevance of every head to every later head's z, query, key or value.
 
 1. Each source head is split as in CD-T (β = z - mean) and β is carried to the target's site; all targets in one pass.
-2. score="answer" (site z): what the source makes the target write towards the answer (eq. 6), at the read-out position.
-   score="share" (any site): β · x / |x|^2, the share of the target's own vector that is there because of the source. z and q
-   are read where the answer is read; k and v over all real tokens, since a head looks elsewhere for them.
+2. The score (`targets`): "answer", what the source makes the target write towards the answer (site z); "effect", how much of the
+   margin passes from the source through that site; or "share" of the target's own vector.
 3. Under rules="exact" β is the change of the target when the source is mean-ablated, direct paths and indirect ones together.
 """
 
@@ -17,14 +16,14 @@ from jaxtyping import Float
 from torch import Tensor
 
 from .carrier import Node
-from .cdt import check_sources, reference, task_directions
+from .cdt import check_sources, reference
 from .families import read
 from .files import load_tensors, save_tensors
 from .heads import Circuit, Head
 from .model import Model
-from .propagation import DEFAULT_MEMORY, propagate
+from .propagation import DEFAULT_MEMORY
+from .targets import check_sites, target_scores
 from .tasks import Task
-from .trace import Batch
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,51 +83,23 @@ def head_to_head(
     memory: int = DEFAULT_MEMORY,
     progress: bool = True,
 ) -> HeadGraph:
-    """Relevance of `sources` (None: all heads) to `site` of `targets` (None: all heads). `score=None`: "answer" for z, else "share"."""
+    """Relevance of `sources` (None: all heads) to `site` of `targets` (None: all heads).
+
+    `score`: "answer" (the default for z), "effect", or "share" (the default for q, k and v).
+    """
     score = score or ("answer" if site == "z" else "share")
-    _check(site, score)
+    check_sites((site,), score)
     found = [_heads(model, heads) for heads in (sources, targets)]
     encoded = task.encode(model)
     mean = reference(model, task, means, False, batch_size, encoded.tokens.shape[1])
     nodes = [[Node(head.layer, head.head)] for head in found[0]]
     check_sources(model, nodes, encoded.tokens.shape[1], rules)
-    tokens, mask, readout = (x.to(model.device) for x in (encoded.tokens, encoded.attention_mask, encoded.readout))
-    everywhere = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
-    batch = Batch(tokens, mask, readout[:, None] if site in "zq" else everywhere)
-    values = torch.zeros(len(found[0]), len(found[1]), device=model.device)
+    options = dict(batch_size=batch_size, memory=memory, progress=progress)
     with torch.no_grad(), model.evaluating():
         program = read(model.hf)
-        directions = task_directions(program, encoded)
-
-        def measure(layer: int, _: str, beta: Tensor, total: Tensor, indices: Tensor, examples: slice) -> None:
-            real = mask[examples].gather(1, batch.rows[examples]).to(beta)
-            for column, target in enumerate(found[1]):
-                if target.layer != layer:
-                    continue
-                index = model.anatomy.kv_head(target.head) if site in "kv" else target.head
-                relevant, whole = beta[..., index, :], total[..., index, :]
-                if score == "answer":
-                    written = relevant[:, :, 0] @ model.anatomy.W_O(model.hf, layer)[target.head].to(beta)
-                    per_example = (written * directions[examples].to(beta)).sum(-1)
-                else:
-                    shared = ((relevant * whole).sum(-1) * real).sum(-1)
-                    per_example = shared / (whole.pow(2).sum(-1) * real).sum(-1).clamp(min=1e-12)
-                values[indices, column] += per_example.sum(1).to(values)
-
-        sites = {target.layer: (site,) for target in found[1]}
-        propagate(program, batch, nodes, mean, rules, None, sites, measure, batch_size, memory, progress)
-    before = torch.tensor([[s.layer < t.layer for t in found[1]] for s in found[0]], device=model.device)
+        values = target_scores(program, model, encoded, nodes, found[1], mean, rules, (site,), score, **options)
     about = {"model": model.name, "task": task.name, "data": task.fingerprint, "n": len(encoded), "rules": rules}
-    return HeadGraph((values * before / len(encoded)).cpu(), found[0], found[1], site, score, about)
-
-
-def _check(site: str, score: str) -> None:
-    if site not in ("z", "q", "k", "v"):
-        raise ValueError(f"site={site!r}; expected 'z', 'q', 'k' or 'v'")
-    if score not in ("answer", "share"):
-        raise ValueError(f"score={score!r}; expected 'answer' or 'share'")
-    if score == "answer" and site != "z":
-        raise ValueError(f"score='answer' needs site='z' (what a head writes); for {site!r} use score='share'")
+    return HeadGraph(values.mean(-1).cpu(), found[0], found[1], site, score, about)
 
 
 def _heads(model: Model, heads: Iterable[Head] | None) -> tuple[Head, ...]:

@@ -61,5 +61,5 @@ def test_edges_and_files(tmp_path):
 def test_bad_sites_are_named():
     with pytest.raises(ValueError, match="expected 'z', 'q', 'k' or 'v'"):
         head_to_head(shared_tiny("llama"), TokenTask(), site="attn", progress=False)
-    with pytest.raises(ValueError, match="use score='share'"):
+    with pytest.raises(ValueError, match="use score='effect'"):
         head_to_head(shared_tiny("llama"), TokenTask(), site="q", score="answer", progress=False)
