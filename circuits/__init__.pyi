@@ -19,6 +19,7 @@ from .judge import compare_methods as compare_methods, cpr_cmd as cpr_cmd
 from .interchange import read_circuit as read_circuit, write_mib as write_mib
 from .means import mean_activations as mean_activations
 from .attribution import ablation as ablation, gradient as gradient, integrated_gradients as integrated_gradients
+from .token_effects import TokenRelevance as TokenRelevance, token_relevance as token_relevance
 from .faithful import FaithfulnessCurve as FaithfulnessCurve, faithfulness as faithfulness
 from .embedding import TaskEmbedding as TaskEmbedding, task_embedding as task_embedding
 from .selection import HeadSelection as HeadSelection, select_heads as select_heads

@@ -114,7 +114,7 @@ def test_the_dropdown_switches_the_scores_shown(open_page):
 
 def test_the_legend_hides_the_circuit(open_page):
     page = open_page({"Heads": viz.heatmap(scores(), Circuit([Head(0, 0)], 3, 4))})
-    assert page.locator(".scatterlayer .trace").count() == 1
+    assert page.locator(".scatterlayer .trace").count() == 2  # the line and its halo
     page.locator(".legendtoggle").first.click()
     page.wait_for_function("document.querySelectorAll('.scatterlayer .trace').length === 0")
 
@@ -173,6 +173,8 @@ def test_dark_screens_get_light_text(open_page):
     ink = page.evaluate("getComputedStyle(document.querySelector('.plot .gtitle')).fill")
     assert min(int(part) for part in ink[4:-1].split(",")) > 180
     assert page.evaluate("document.querySelector('.plot').layout.paper_bgcolor") == "#1c222c"
+    coloured = page.evaluate("JSON.stringify(document.querySelector('#plot-1').data)").lower()
+    assert "#4aa8e0" in coloured and "rgba(74,168,224,0.18)" in coloured and "#0072b2" not in coloured
     keep(page, "dark")
 
 

@@ -121,13 +121,19 @@ def training(
     figure = go.Figure()
     for (name, arm), colour in zip(arms.items(), theme.CATEGORIES * len(arms), strict=False):
         figure.add_trace(_arrow(name, arm, goal, kept, colour))
-    n = next(iter(arms.values()))["after"][goal]["n"]
-    theme.apply(figure, title or "Gained on the target, kept elsewhere", f"arrows run from before to after · n={n:.0f}")
+    about = theme.describe(
+        *_sizes(next(iter(arms.values())), goal, kept), "from before to after, whiskers: standard error"
+    )
+    theme.apply(figure, title or "Gained on the target, kept elsewhere", about)
     figure.update_yaxes(title=f"accuracy on {theme.clean(goal)} (target)")
     figure.update_xaxes(
         title=f"accuracy on {theme.clean(kept)} (to be kept)" if kept else "", showgrid=kept is not None
     )
     return figure
+
+
+def _sizes(arm: Mapping[str, Any], *tasks: str | None) -> list[str]:
+    return [f"{name} n={arm['after'][name]['n']:.0f}" for name in tasks if name in arm["after"]]
 
 
 def _arrow(name: str, arm: Mapping[str, Any], target: str, kept: str | None, colour: str) -> go.Scatter:
@@ -143,7 +149,13 @@ def _arrow(name: str, arm: Mapping[str, Any], target: str, kept: str | None, col
         name=theme.clean(name),
         mode="lines+markers",
         line={"color": colour, "width": 2.5},
-        marker={"size": [7, 14], "symbol": ["circle-open", "arrow"], "angleref": "previous"},
+        marker={
+            "size": [7, 15],
+            "symbol": ["circle-open", "arrow"],
+            "angleref": "previous",
+            "color": colour,
+            "opacity": 1,
+        },
         error_y={**whisker, "array": [_error(value, goal["n"]) for value, (_, goal) in zip(y, points, strict=True)]},
         error_x={**whisker, "array": [_error(v, n) if n else 0 for v, n in zip(x, sizes, strict=True)]}
         if kept

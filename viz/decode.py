@@ -9,6 +9,12 @@ from torch import Tensor
 
 from . import theme
 
+# Dotted, because where every round finds the best there is two of these lines are one.
+CURVES = {
+    "best so far": ("best", theme.ORANGE, "solid"),
+    "round's maximum": ("max_reward", theme.SKY, "dot"),
+    "round's mean": ("mean_reward", theme.BLUE, "solid"),
+}
 PANELS = ("reward per round", "effective sample size", "|u| per position")
 
 
@@ -23,10 +29,8 @@ def decoding(result: Any, *, title: str | None = None) -> go.Figure:
         raise ValueError(f"{method} has no rounds to show; expected the result of aisp()")
     figure = make_subplots(rows=1, cols=3, column_widths=[0.42, 0.29, 0.29], horizontal_spacing=0.085)
     rounds = list(range(1, history["ess"].shape[1] + 1))
-    curves = {"best so far": theme.ORANGE, "round's maximum": theme.SKY, "round's mean": theme.BLUE}
-    names = {"best so far": "best", "round's maximum": "max_reward", "round's mean": "mean_reward"}
-    for label, colour in curves.items():
-        _line(figure, 1, rounds, history[names[label]], label, colour, legend=True)
+    for label, (name, colour, dash) in CURVES.items():
+        _line(figure, 1, rounds, history[name], label, colour, dash, legend=True)
     _line(figure, 2, rounds, history["ess"], "ESS", theme.GREEN)
     norm = result.perturbation_norm()
     _line(figure, 3, list(range(1, norm.shape[1] + 1)), norm, "|u|", theme.PURPLE)
@@ -44,8 +48,9 @@ def decoding(result: Any, *, title: str | None = None) -> go.Figure:
 
 
 def _line(
-    figure: go.Figure, column: int, x: list[int], values: Tensor, name: str, colour: str, legend: bool = False
-) -> None:
+    figure: go.Figure, column: int, x: list[int], values: Tensor, name: str, colour: str, dash: str = "solid",
+    legend: bool = False,
+) -> None:  # fmt: skip
     finite = values.masked_fill(~values.isfinite(), torch.nan)
     if len(values) > 1:
         low, high = (torch.nanquantile(finite, q, dim=0).tolist() for q in (0.25, 0.75))
@@ -53,7 +58,7 @@ def _line(
         figure.add_trace(band, row=1, col=column)
     line = go.Scatter(
         x=x, y=_finite_mean(values).tolist(), name=name, legendgroup=name, showlegend=legend, mode="lines",
-        line={"color": colour, "width": 2.5}, hovertemplate=f"{name}, %{{x}}: %{{y:.3f}}<extra></extra>",
+        line={"color": colour, "width": 2.5, "dash": dash}, hovertemplate=f"{name}, %{{x}}: %{{y:.3f}}<extra></extra>",
     )  # fmt: skip
     figure.add_trace(line, row=1, col=column)
 

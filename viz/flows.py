@@ -91,8 +91,10 @@ def _places(
         raise ValueError(f"positions has no token for {', '.join(missing)}; expected one for every head of the circuit")
     for head in heads:
         beside = [h for h in heads if h.layer == head.layer and positions[h] == positions[head]]
-        offset = (beside.index(head) - (len(beside) - 1) / 2) * 0.32
-        places[head] = (positions[head] + offset, float(head.layer))
+        rank = beside.index(head)
+        # Side by side, and every other one higher, so that names do not meet.
+        offset = (rank - (len(beside) - 1) / 2) * 0.34
+        places[head] = (positions[head] + offset, head.layer + 0.34 * (rank % 2))
     places[None] = (float(max(positions.values())), float(scores.n_layers))
     return places
 
@@ -132,7 +134,7 @@ def _nodes(heads: list[Head], scores: HeadScores, places: dict) -> go.Scatter:
         y=[places[head][1] for head in heads] + [places[None][1]],
         mode="markers+text",
         marker={
-            "size": [18 + 22 * abs(value) / limit for value in values] + [26],
+            "size": [14 + 18 * abs(value) / limit for value in values] + [24],
             "color": [*values, 0],
             "colorscale": list(theme.DIVERGING),
             "cmin": -limit,
@@ -143,11 +145,21 @@ def _nodes(heads: list[Head], scores: HeadScores, places: dict) -> go.Scatter:
             "colorbar": theme.colorbar("effect on margin"),
         },
         text=[str(head) for head in heads] + ["logits"],
-        textposition="top center",
+        textposition=_sides(heads, places),
+        cliponaxis=False,
         customdata=[*values, sum(values)],
         hovertemplate="<b>%{text}</b><br>score %{customdata:+.4g}<extra></extra>",
         showlegend=False,
     )
+
+
+def _sides(heads: list[Head], places: dict) -> list[str]:
+    """Names stand above their heads; below where the next head stands close by and higher."""
+    near = [
+        any(0 < places[h][1] - places[head][1] < 1 and abs(places[h][0] - places[head][0]) < 1 for h in heads)
+        for head in heads
+    ]
+    return ["bottom center" if lower else "top center" for lower in near] + ["top center"]
 
 
 def _axes(figure: go.Figure, scores: HeadScores, tokens: Sequence[str] | None) -> None:
@@ -159,7 +171,7 @@ def _axes(figure: go.Figure, scores: HeadScores, tokens: Sequence[str] | None) -
         figure.update_xaxes(title="token", range=[-0.6, len(labels) - 0.2])
     ticks = [*range(scores.n_layers), scores.n_layers]
     figure.update_yaxes(title="layer", tickvals=ticks, ticktext=[*map(str, ticks[:-1]), "answer"], showgrid=True)
-    figure.update_yaxes(range=[-0.5, scores.n_layers + 0.6])
+    figure.update_yaxes(range=[-0.5 if tokens is None else -0.9, scores.n_layers + 0.6])
 
 
 def _slider(figure: go.Figure) -> None:

@@ -30,7 +30,7 @@ def heatmap(
         figure.add_trace(_cells(each, visible=index == 0))
     first = next(iter(named.values()))
     if circuit is not None and len(circuit):
-        figure.add_trace(_outline(circuit.check(first.n_layers, first.n_heads)))
+        figure.add_traces(_outline(circuit.check(first.n_layers, first.n_heads)))
     theme.apply(figure, title or "Heads that do the task", _subtitle(first), height=_height(first))
     figure.update_xaxes(title="head", dtick=_step(first.n_heads), showgrid=False, range=[-0.5, first.n_heads - 0.5])
     figure.update_yaxes(title="layer", dtick=_step(first.n_layers), showgrid=False, range=[first.n_layers - 0.5, -0.5])
@@ -103,18 +103,20 @@ def _strips(scores: HeadScores, bins: int = 10) -> list[list[str]]:
     ]
 
 
-def _outline(circuit: Circuit) -> go.Scatter:
-    """Squares around the circuit's cells, as one trace: it can be switched off in the legend and scales to any size."""
+def _outline(circuit: Circuit) -> list[go.Scatter]:
+    """Squares around the circuit's cells: a line of the text's colour on a halo of the page's, so that one of the two
+    stands out on every cell. All squares are one trace, which can be switched off in the legend and scales to any size."""
     x: list[float | None] = []
     y: list[float | None] = []
     for head in circuit:
         left, right, top, bottom = head.head - 0.5, head.head + 0.5, head.layer - 0.5, head.layer + 0.5
         x += [left, right, right, left, left, None]
         y += [top, top, bottom, bottom, top, None]
-    line = {"color": theme.INK, "width": 2}
-    return go.Scatter(
-        x=x, y=y, mode="lines", line=line, name=f"circuit ({len(circuit)} heads)", hoverinfo="skip", showlegend=True
-    )
+    name, look = f"circuit ({len(circuit)} heads)", {"mode": "lines", "hoverinfo": "skip", "legendgroup": "circuit"}
+    return [
+        go.Scatter(x=x, y=y, name=name, line={"color": theme.PAPER, "width": 5}, showlegend=False, **look),
+        go.Scatter(x=x, y=y, name=name, line={"color": theme.INK, "width": 2}, showlegend=True, **look),
+    ]
 
 
 def _add_dropdown(figure: go.Figure, named: dict[str, HeadScores]) -> None:

@@ -33,12 +33,15 @@ td.number, th.number { text-align: right; }
 pre { white-space: pre-wrap; overflow-wrap: anywhere; margin: .4em 0; font-size: .86rem; }
 """
 
-# Figures carry a light look of their own; on a dark screen their four neutral colours take the page's (see theme.py).
+# Figures carry a light look of their own; on a dark screen their four neutral colours take the page's, and the two darkest
+# of the categories a lighter tone, in lines and in bands (see theme.py).
 SCRIPT = """
 const figures = document.getElementById('figures').textContent, dark = matchMedia('(prefers-color-scheme: dark)');
-const night = {'#1d2430': '#e6e9ee', '#5b6675': '#9aa5b4', '#e3e7ec': '#313a48', '#ffffff': '#1c222c'};
+const night = {'#1d2430': '#e6e9ee', '#5b6675': '#9aa5b4', '#e3e7ec': '#313a48', '#ffffff': '#1c222c',
+  '#0072b2': '#4aa8e0', 'rgba(0,114,178': 'rgba(74,168,224', '#b2182b': '#f0707e', 'rgba(178,24,43': 'rgba(240,112,126'};
+const light = new RegExp(Object.keys(night).join('|').replaceAll('(', '[(]'), 'gi');
 function draw() {
-  const text = dark.matches ? figures.replace(/#(1d2430|5b6675|e3e7ec|ffffff)/g, colour => night[colour]) : figures;
+  const text = dark.matches ? figures.replace(light, colour => night[colour.toLowerCase()]) : figures;
   return Promise.all(JSON.parse(text).map((figure, i) => Plotly.react('plot-' + i, figure.data, figure.layout,
     {responsive: true, displaylogo: false, modeBarButtonsToRemove: ['lasso2d', 'select2d']})));
 }

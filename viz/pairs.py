@@ -21,6 +21,7 @@ def compare(first: HeadScores, second: HeadScores, *, title: str | None = None) 
     about = theme.describe(
         first.model,
         first.task if first.task == second.task else f"{first.task} and {second.task}",
+        _counts(first, second),
         f"Pearson {agreement['pearson']:.2f}, Spearman {agreement['spearman']:.2f}, top ten {agreement['top10']:.0%} common",
     )
     theme.apply(figure, title or f"{names[0]} against {names[1]}", about, height=460)
@@ -29,6 +30,11 @@ def compare(first: HeadScores, second: HeadScores, *, title: str | None = None) 
     figure.update_xaxes(title="k", row=1, col=2)
     figure.update_yaxes(title="share of the two top k in common", range=[0, 1.05], row=1, col=2)
     return figure
+
+
+def _counts(first: HeadScores, second: HeadScores) -> str:
+    counts = dict.fromkeys(f"n={scores.n_examples}" for scores in (first, second) if scores.n_examples)
+    return " and ".join(counts)
 
 
 def _name(scores: HeadScores, other: HeadScores) -> str:
@@ -43,7 +49,7 @@ def _scatter(first: HeadScores, second: HeadScores, names: list[str]) -> list[go
     x, y = (scores.values.flatten().float().cpu().numpy() for scores in (first, second))
     low, high = float(min(x.min(), y.min())), float(max(x.max(), y.max()))
     heads = [str(Head(*divmod(index, first.n_heads))) for index in range(len(x))]
-    marked = set(np.argsort(-np.abs(x))[:6]) | set(np.argsort(-np.abs(y))[:6])
+    marked = _apart(x, y, high - low or 1.0)
     hover = "<b>%{customdata}</b><br>%{x:+.4g} and %{y:+.4g}<extra></extra>"
     points = go.Scattergl if len(x) > 3000 else go.Scatter
     line = {"color": theme.MUTED, "width": 1, "dash": "dot"}
@@ -55,6 +61,15 @@ def _scatter(first: HeadScores, second: HeadScores, names: list[str]) -> list[go
             marker={"size": 8, "color": theme.BLUE, "opacity": 0.75, "line": {"width": 0}}, showlegend=False,
         ),
     ]  # fmt: skip
+
+
+def _apart(x: np.ndarray, y: np.ndarray, span: float) -> set[int]:
+    """The largest heads whose names do not lie on one another: at most ten, a name is about 12 by 5 % of the plot."""
+    chosen: list[int] = []
+    for i in np.argsort(-np.maximum(np.abs(x), np.abs(y)))[:20].tolist():
+        if len(chosen) < 10 and all(abs(x[i] - x[j]) > 0.12 * span or abs(y[i] - y[j]) > 0.05 * span for j in chosen):
+            chosen.append(i)
+    return set(chosen)
 
 
 def _overlap(first: HeadScores, second: HeadScores) -> list[go.Scatter]:

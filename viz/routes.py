@@ -30,11 +30,13 @@ def routing(
     figure = make_subplots(
         rows=1 if uncertainty is None else 2, cols=1, vertical_spacing=0.2, row_heights=_heights(uncertainty)
     )
-    figure.add_trace(_shares(responsibilities, order, groups, shown), row=1, col=1)
+    bar = {} if uncertainty is None else {"len": 0.55, "y": 1, "yanchor": "top"}
+    figure.add_trace(_shares(responsibilities, order, groups, shown, bar), row=1, col=1)
     if uncertainty is not None:
         figure.add_trace(_dots(uncertainty, order, groups, texts), row=2, col=1)
-    height = 180 + 26 * members + (0 if uncertainty is None else 220)
-    theme.apply(figure, title or "Who answers for what", f"{members} members, {examples} examples", height=height)
+    height = max(300, 180 + 30 * members) + (0 if uncertainty is None else 200)
+    about = theme.describe(f"{members} members", f"n={examples}", f"{1 / members:.2f} where nobody specialises")
+    theme.apply(figure, title or "Who answers for what", about, height=height)
     figure.update_yaxes(title="member", autorange="reversed", dtick=1, showgrid=False, row=1, col=1)
     figure.update_xaxes(title="" if shown else "example", showgrid=False, row=1, col=1)
     if uncertainty is not None:
@@ -54,7 +56,9 @@ def _order(weights: Tensor, groups: Sequence[str] | None) -> list[int]:
     return sorted(range(weights.shape[1]), key=lambda i: (int(who[i]), -float(best[i])))
 
 
-def _shares(weights: Tensor, order: list[int], groups: Sequence[str] | None, shown: list[str] | None) -> go.Heatmap:
+def _shares(
+    weights: Tensor, order: list[int], groups: Sequence[str] | None, shown: list[str] | None, bar: dict
+) -> go.Heatmap:
     if shown is None or groups is None:
         z, x = weights[:, order], list(range(weights.shape[1]))
     else:
@@ -67,8 +71,8 @@ def _shares(weights: Tensor, order: list[int], groups: Sequence[str] | None, sho
         y=list(range(len(weights))),
         zmin=0,
         zmax=1,
-        colorscale=theme.SEQUENTIAL,
-        colorbar={"title": "responsibility", "len": 0.5, "y": 1, "yanchor": "top"},
+        colorscale=list(theme.SEQUENTIAL),
+        colorbar=theme.colorbar("responsibility") | bar,
         hovertemplate="member %{y}, %{x}<br>responsibility %{z:.3f}<extra></extra>",
         xgap=1 if shown else 0,
         ygap=1,

@@ -37,8 +37,8 @@ def attention(
         figure.add_trace(_pattern(pattern, labels, head, visible=index == 0))
     theme.apply(figure, title or "Where a head looks", about, height=int(min(900, 260 + 22 * len(tokens))))
     places = list(range(len(tokens)))
-    figure.update_xaxes(title="looked at", tickvals=places, ticktext=labels, tickangle=-45, showgrid=False)
-    figure.update_yaxes(title="from", tickvals=places, ticktext=labels, showgrid=False, autorange="reversed")
+    figure.update_xaxes(title="a row looks at columns", tickvals=places, ticktext=labels, tickangle=-45, showgrid=False)
+    figure.update_yaxes(tickvals=places, ticktext=labels, showgrid=False, autorange="reversed")
     if len(named) > 1:
         buttons = [
             {"label": str(head), "method": "restyle", "args": [{"visible": [i == index for i in range(len(named))]}]}
@@ -68,7 +68,7 @@ def _pattern(pattern: Tensor, labels: list[str], head: Head | None, visible: boo
 
 def tokens(
     texts: Sequence[str] | Sequence[Sequence[str]],
-    values: Float[Tensor, " token"] | Sequence[Float[Tensor, " token"]],
+    values: Float[Tensor, " token"] | Sequence[Float[Tensor, " _"]],
     *,
     per_line: int = 12,
     title: str | None = None,
@@ -81,16 +81,18 @@ def tokens(
         raise ValueError(
             f"{[len(text) for text in lists]} tokens and {[len(row) for row in numbers]} values; expected one for each token"
         )
+    # Lines of one text are equally long, so that no last word stands alone.
+    width = max((-(-len(text) // -(-len(text) // per_line)) for text in lists if text), default=per_line)
     lines, heights = [], []
     for text, row in zip(lists, numbers, strict=True):
-        for start in range(0, len(text), per_line):
-            lines.append(text[start : start + per_line])
-            heights.append(row[start : start + per_line].detach().float().cpu().numpy())
+        for start in range(0, len(text), width):
+            lines.append(text[start : start + width])
+            heights.append(row[start : start + width].detach().float().cpu().numpy())
         lines.append([])  # an empty line between texts
         heights.append(np.zeros(0))
     lines, heights = lines[:-1], heights[:-1]
-    grid = np.full((len(lines), per_line), np.nan)
-    words = [[""] * per_line for _ in lines]
+    grid = np.full((len(lines), width), np.nan)
+    words = [[""] * width for _ in lines]
     for i, (line, row) in enumerate(zip(lines, heights, strict=True)):
         grid[i, : len(line)] = row
         words[i][: len(line)] = [theme.word(word) for word in line]
@@ -102,7 +104,7 @@ def tokens(
             colorbar=theme.colorbar("relevance"), xgap=2, ygap=6,
         )
     )  # fmt: skip
-    theme.apply(figure, title or "Which tokens count", about, height=int(min(1000, 150 + 42 * len(lines))))
+    theme.apply(figure, title or "Which tokens count", about, height=int(min(1000, 160 + 42 * max(2, len(lines)))))
     figure.update_xaxes(visible=False)
     figure.update_yaxes(visible=False, autorange="reversed")
     return figure

@@ -45,7 +45,15 @@ def apply(figure: go.Figure, title: str, subtitle: str = "", height: int = 420) 
         text += f"<br><span style='font-size:12px;color:{MUTED}'>{clean(subtitle)}</span>"
     figure.update_layout(
         template="none",
-        title={"text": text, "x": 0, "xref": "paper", "xanchor": "left", "y": 1, "yanchor": "top", "pad": {"t": 14}},
+        title={
+            "text": text,
+            "x": 0,
+            "xref": "paper",
+            "xanchor": "left",
+            "y": 1,
+            "yanchor": "top",
+            "pad": {"t": 22 if subtitle else 14},
+        },
         font={"family": FONT, "size": 13, "color": INK},
         title_font={"size": 16},
         paper_bgcolor=PAPER,
@@ -58,8 +66,8 @@ def apply(figure: go.Figure, title: str, subtitle: str = "", height: int = 420) 
         modebar={"bgcolor": "rgba(0,0,0,0)", "color": MUTED, "activecolor": BLUE},
     )
     axis = {"gridcolor": GRID, "zeroline": False, "linecolor": MUTED, "ticks": "outside", "tickcolor": GRID}
-    figure.update_xaxes(**axis, automargin=True)
-    figure.update_yaxes(**axis, automargin=True)
+    figure.update_xaxes(**axis, automargin=True, title_standoff=10)
+    figure.update_yaxes(**axis, automargin=True, title_standoff=10)
     return figure
 
 
