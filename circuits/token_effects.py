@@ -24,7 +24,7 @@ from .hooks import record, rewrite
 from .model import Model
 from .progress import track
 from .readout import column_logits, rows_that_fit, short_batches
-from .resampling import with_donors
+from .resampling import matching_positions, with_donors
 from .resume import resume_at
 from .tasks import Task
 
@@ -124,7 +124,7 @@ def _embedding_differences(model: Model, encoded: Encoded, ablate: str) -> Calla
 
     mean = look_up(encoded.tokens[encoded.attention_mask.bool()]).mean(0)
     against = {"mean": lambda batch: mean, "zero": lambda batch: 0 * mean}
-    against["resample"] = lambda batch: look_up(batch.corrupted.tokens)
+    against["resample"] = lambda batch: look_up(batch.corrupted.tokens.gather(1, matching_positions(batch)))
     return lambda batch: look_up(batch.tokens) - against[ablate](batch)
 
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from circuits import Head, Node, decompose, load, mean_activations, pocket, token_relevance
+from circuits.resampling import with_donors
 from circuits.token_effects import replace_one_each
 
 from models import CAUSAL, TokenTask, shared_tiny
@@ -58,9 +59,7 @@ def test_a_head_at_one_token_equals_exact_decomposition(family, side):
 
 @pytest.mark.parametrize("ablate", ["zero", "resample"])
 def test_other_replacements(ablate):
-    """Texts of one token: replacing the only position of a head is ablating the head."""
-    model = shared_tiny("llama")
-    task = TokenTask(twins=True)
+    model, task = shared_tiny("llama"), TokenTask(twins=True)
     encoded = task.encode(model)
     found = token_relevance(model, task, ablate=ablate, progress=False)
     embed = model.hf.get_input_embeddings()
@@ -71,6 +70,22 @@ def test_other_replacements(ablate):
         changed[2] = 0 if ablate == "zero" else twin[2]
         expected = margins_by_hand(model, encoded, 0, row) - margins_by_hand(model, encoded, 0, changed)
     assert float(found.values[0][2]) == pytest.approx(float(expected), abs=2e-4)
+
+
+def test_without_twins_another_example_gives_its_token():
+    """Tokens are matched by their distance from the read-out: the donor's last token stands in for the last."""
+    model, task = shared_tiny("llama"), TokenTask()
+    encoded, found = task.encode(model), token_relevance(shared_tiny("llama"), task, ablate="resample", progress=False)
+    embed, last = model.hf.get_input_embeddings(), encoded.tokens.gather(1, encoded.readout[:, None])[:, 0]
+    donors = with_donors(encoded).corrupted
+    with torch.no_grad():
+        for example in range(len(task)):
+            row = embed(encoded.tokens[example][encoded.attention_mask[example].bool()])
+            changed = row.clone()
+            changed[-1] = embed(donors.tokens[example, donors.readout[example]])
+            expected = margins_by_hand(model, encoded, example, row) - margins_by_hand(model, encoded, example, changed)
+            assert float(found.values[example][-1]) == pytest.approx(float(expected), abs=2e-4)
+    assert not torch.equal(donors.tokens.gather(1, donors.readout[:, None])[:, 0], last)
 
 
 def test_batches_do_not_matter_and_hooks_are_gone():
