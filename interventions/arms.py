@@ -28,21 +28,23 @@ from .tuning import Tuning, finetune
 
 @dataclass(frozen=True)
 class Arm:
-    """One arm: which heads (None: not a mask), the swept learning rates and L2-SP strengths, and where it starts."""
+    """One arm: which heads (None: not a mask), what is swept (rates, L2-SP strengths, the circuit's depth), where it starts."""
 
     heads: Callable[[Circuit, HeadScores, int], Circuit] | None = None
-    rates: tuple[float, ...] = (5e-4, 2e-3)
+    rates: tuple[float, ...] = (2e-3, 5e-3)
     anchors: tuple[float, ...] = (0.0,)
     competent: bool = True
+    # Controls have as many heads as the deepest circuit.
+    every_depth: bool = False
 
 
 ARMS: dict[str, Arm] = {
-    "circuit": Arm(lambda circuit, scores, seed: circuit),
-    "full": Arm(rates=(1e-4, 5e-4)),
+    "circuit": Arm(lambda circuit, scores, seed: circuit, rates=(5e-4, 2e-3, 5e-3), every_depth=True),
+    "full": Arm(rates=(1e-4, 5e-4, 1e-3)),
     "near_zero": Arm(lambda circuit, scores, seed: Circuit.near_zero(scores, len(circuit))),
     "random": Arm(lambda circuit, scores, seed: circuit.matched_random(seed)),
-    "norms": Arm(lambda circuit, scores, seed: circuit - circuit, rates=(2e-3, 5e-3)),
-    "lora": Arm(rates=(5e-4, 2e-3)),
+    "norms": Arm(lambda circuit, scores, seed: circuit - circuit, rates=(5e-3, 1e-2)),
+    "lora": Arm(),
     "l2sp": Arm(rates=(5e-4,), anchors=(0.1, 1.0)),
     "avoiding": Arm(lambda circuit, scores, seed: circuit),
     "least": Arm(lambda circuit, scores, seed: Circuit.least(scores, len(circuit))),

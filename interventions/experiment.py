@@ -3,7 +3,7 @@
 For every seed
 1. Competence: tune the base model on part of the source task (spec of the paper: §4, stage 1), keep the epoch that validates best.
 2. Discovery on source examples the competent model gets right: relevance, backward expansion to a circuit (stages 2-4).
-3. For every target, number of examples, arm, learning rate: start again from the competent model (`direct`: from the base),
+3. For every target, size, arm, learning rate and depth of the circuit: start again from the competent model (`direct`: the base),
    tune on the target, choose the epoch on the target's validation set, and record predictions on the test sets.
 Nothing is chosen on a test set; `tradeoff.py` reads the file and chooses on validation accuracy.
 """
@@ -12,6 +12,7 @@ import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -46,7 +47,8 @@ class Experiment:
     arms: Sequence[str] = tuple(ARMS)
     sizes: Sequence[int] = (100,)
     seeds: Sequence[int] = (31, 777, 2025, 12345)
-    depth: int = 2
+    # Backward steps of the circuit; validation chooses among them.
+    depths: Sequence[int] = (0, 1, 2)
     per_depth: float | int = 0.02
     # Competence tuning: examples, epochs and rate. Targets draw from the examples that were not used for it.
     source_examples: int = 400
@@ -54,20 +56,25 @@ class Experiment:
     source_lr: float = 5e-4
     epochs: int = 5
     batch_size: int = 16
+    # Learning rates of an arm instead of those in `ARMS`.
+    rates: Mapping[str, Sequence[float]] = field(default_factory=dict)
 
     def runs(self, seed: int) -> Iterator[dict[str, Any]]:
         """Every run of a seed, as the part of a result line that identifies it."""
-        unknown = [arm for arm in self.arms if arm not in ARMS]
+        unknown = [arm for arm in (*self.arms, *self.rates) if arm not in ARMS]
         if unknown:
             raise ValueError(f"no arm {', '.join(map(repr, unknown))}; choose from {', '.join(ARMS)}")
         for target in self.targets:
-            yield dict(arm="untuned", target=target, n=0, seed=seed, lr=0.0, anchor=0.0)
-            for n in self.sizes:
-                for name in self.arms:
-                    rates = (0.0,) if name == "tfidf" else ARMS[name].rates
-                    for lr in rates:
-                        for anchor in ARMS[name].anchors:
-                            yield dict(arm=name, target=target, n=n, seed=seed, lr=lr, anchor=anchor)
+            yield dict(arm="untuned", target=target, n=0, seed=seed, lr=0.0, anchor=0.0, depth=None)
+            for n, name in product(self.sizes, self.arms):
+                arm = ARMS[name]
+                rates = (0.0,) if name == "tfidf" else self.rates.get(name, arm.rates)
+                depths = self.depths if arm.every_depth else (max(self.depths) if arm.heads else None,)
+                for lr, anchor, depth in product(rates, arm.anchors, depths):
+                    yield dict(arm=name, target=target, n=n, seed=seed, lr=lr, anchor=anchor, depth=depth)
+
+
+IDENTITY = ("arm", "target", "n", "seed", "lr", "anchor", "depth")
 
 
 def compare(experiment: Experiment, progress: bool = True) -> list[dict[str, Any]]:
@@ -82,7 +89,8 @@ def compare(experiment: Experiment, progress: bool = True) -> list[dict[str, Any
         bench = Bench(experiment, seed, progress)
         for run in track(todo, f"seed {seed}", enabled=progress):
             started = time.perf_counter()
-            line = {**run, **bench.run(run), "seconds": round(time.perf_counter() - started, 1)}
+            line = bench.same_heads(run, done) or bench.run(run)
+            line = {**line, **run, "seconds": round(time.perf_counter() - started, 1)}
             done.append(line)
             # Rewritten whole: a kill between two lines leaves a file that ends with a complete line.
             write_atomically(path, "".join(json.dumps(entry) + "\n" for entry in done))
@@ -90,7 +98,7 @@ def compare(experiment: Experiment, progress: bool = True) -> list[dict[str, Any
 
 
 def identity(line: Mapping[str, Any]) -> tuple:
-    return tuple(line[key] for key in ("arm", "target", "n", "seed", "lr", "anchor"))
+    return tuple(line[key] for key in IDENTITY)
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
@@ -144,8 +152,17 @@ class Bench:
             right = self.learn.correct(self.model)
             shown = right.select(range(min(50, len(right))))
             relevance(self.model, shown, progress=progress).save(self.where / "scores")
-            discover(self.model, shown, depth=plan.depth, per_depth=plan.per_depth, progress=progress).save(path)
+            depth = max(plan.depths)
+            discover(self.model, shown, depth=depth, per_depth=plan.per_depth, progress=progress).save(path)
         return HeadScores.load(self.where / "scores"), Circuit.load(path)
+
+    def same_heads(self, run: Mapping[str, Any], done: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
+        """A finished line of this run at another depth, when the circuit has the same heads at both (discovery had ended)."""
+        if not ARMS.get(run["arm"], ARMS["tfidf"]).every_depth:
+            return None
+        heads = str(at_depth(self.circuit, run["depth"]))
+        other = {key: run[key] for key in IDENTITY if key != "depth"}
+        return next((line for line in done if other.items() <= line.items() and line["heads"] == heads), None)
 
     def run(self, run: Mapping[str, Any]) -> dict[str, Any]:
         """One line of results."""
@@ -167,8 +184,9 @@ class Bench:
         line: dict[str, Any] = {}
         if run["arm"] != "untuned":
             kept = self.learn.select(range(min(50, len(self.learn))))
+            circuit = self.circuit if run["depth"] is None else at_depth(self.circuit, run["depth"])
             tuning, heads = tune_arm(
-                run["arm"], self.model, pool, splits.valid, self.circuit, self.scores, kept=kept,
+                run["arm"], self.model, pool, splits.valid, circuit, self.scores, kept=kept,
                 lr=run["lr"], anchor=run["anchor"], seed=self.seed, epochs=plan.epochs, batch_size=plan.batch_size,
             )  # fmt: skip
             line = {"trained": tuning.trained, "moved": tuning.moved, "distance": tuning.distance, "heads": heads}
@@ -183,6 +201,12 @@ class Bench:
     def test(self, name: str) -> dict[str, Any]:
         result = evaluate(self.model, self.tests[name])
         return measured(result.predictions.tolist(), result.gold.tolist())
+
+
+def at_depth(circuit: Circuit, depth: int) -> Circuit:
+    """The circuit as it was after that many backward steps of its discovery."""
+    heads = [head for step in circuit.provenance["steps"] if step["depth"] <= depth for head in step["heads"]]
+    return Circuit(heads, circuit.n_layers, circuit.n_heads, {**circuit.provenance, "depth": depth})
 
 
 def measured(predictions: Sequence[int], gold: Sequence[int]) -> dict[str, Any]:

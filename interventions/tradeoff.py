@@ -3,8 +3,8 @@
 1. Per arm, target, size and seed the run with the highest validation accuracy is chosen (ties: the smaller distance from
    the start). Its test figures are the arm's.
 2. Intervals: percentile bootstrap that draws seeds, then test texts, with replacement; arms are compared on the same draws.
-3. The trade-off: every run, chosen or not, as a point (target accuracy, kept accuracy), so that arms can be compared at the
-   same target accuracy and not only at the point validation chose.
+3. The trade-off: every setting, chosen or not, as a point (target accuracy, kept accuracy), so that arms can be compared at
+   the same target accuracy and not only at the point validation chose. A setting is on the front when none beats it on both.
 """
 
 from collections.abc import Sequence
@@ -43,17 +43,23 @@ def bootstrap(
     return np.array([right[np.ix_(s, t)].mean() for s, t in zip(which_seeds, which_texts, strict=True)])
 
 
+Spread = tuple[float, float, float]
+
+
 class Row(NamedTuple):
-    """One arm: mean test figures over seeds, their intervals, and the paired difference from the reference arm."""
+    """One arm: mean test figures over seeds, their intervals, and the paired differences from the reference arm.
+
+    Triples are value, low, high; `kept` and `kept_difference` have one per task that is not the target.
+    """
 
     arm: str
     seeds: int
-    trained: float
-    accuracy: float
-    interval: tuple[float, float]
+    moved: float
+    accuracy: Spread
     macro_f1: float
-    difference: tuple[float, float, float] | None
-    kept: dict[str, tuple[float, float, float]]
+    difference: Spread | None
+    kept: dict[str, Spread]
+    kept_difference: dict[str, Spread]
 
 
 def summarise(lines: Lines, target: str, n: int, reference: str = "circuit") -> list[Row]:
@@ -66,59 +72,97 @@ def summarise(lines: Lines, target: str, n: int, reference: str = "circuit") -> 
     seeds = sorted(set.intersection(*(set(by_seed) for by_seed in chosen.values())))
     if not seeds:
         raise ValueError(f"no seed has finished every arm on {target!r} with {n} examples; run the comparison further")
-    compared = matrix(chosen[reference], seeds, target)
-    rows = []
-    for arm, by_seed in chosen.items():
-        right = matrix(by_seed, seeds, target)
-        f1 = float(np.mean([by_seed[s]["tests"][target]["macro_f1"] for s in seeds]))
-        gap = (
-            None if arm == reference else spread(right.mean() - compared.mean(), bootstrap(right) - bootstrap(compared))
-        )
-        kept = {}
-        for name in by_seed[seeds[0]]["tests"]:
-            if name != target:
-                other = matrix(by_seed, seeds, name)
-                kept[name] = spread(other.mean(), bootstrap(other))
-        trained = float(np.mean([by_seed[s].get("trained", 0) for s in seeds]))
-        interval = spread(right.mean(), bootstrap(right))[1:]
-        rows.append(Row(arm, len(seeds), trained, float(right.mean()), interval, f1, gap, kept))
-    return rows
+    return [_row(arm, chosen, reference, seeds, target) for arm in chosen]
+
+
+def _row(arm: str, chosen: dict[str, dict[int, dict[str, Any]]], reference: str, seeds: list[int], target: str) -> Row:
+    mine, other = chosen[arm], chosen[reference]
+
+    def difference(name: str) -> Spread:
+        a, b = matrix(mine, seeds, name), matrix(other, seeds, name)
+        return spread(a.mean() - b.mean(), bootstrap(a) - bootstrap(b))
+
+    tests = {name: matrix(mine, seeds, name) for name in mine[seeds[0]]["tests"]}
+    means = {name: spread(right.mean(), bootstrap(right)) for name, right in tests.items()}
+    gaps = {} if arm == reference else {name: difference(name) for name in tests if name in other[seeds[0]]["tests"]}
+    f1 = float(np.mean([mine[seed]["tests"][target]["macro_f1"] for seed in seeds]))
+    # Word counts have no weights that could have stood still before.
+    moved = float(np.mean([mine[seed].get("moved", mine[seed].get("trained", 0)) for seed in seeds]))
+    accuracy, gap = means.pop(target), gaps.pop(target, None)
+    return Row(arm, len(seeds), moved, accuracy, f1, gap, means, gaps)
 
 
 def matrix(by_seed: dict[int, dict[str, Any]], seeds: Sequence[int], test: str) -> Float[np.ndarray, "seed text"]:
     return np.array([[float(c == "1") for c in by_seed[s]["tests"][test]["right"]] for s in seeds])
 
 
-def spread(value: Any, resampled: np.ndarray) -> tuple[float, float, float]:
+def spread(value: Any, resampled: np.ndarray) -> Spread:
     low, high = np.quantile(resampled, [0.025, 0.975])
     return float(value), float(low), float(high)
 
 
 def table(rows: Sequence[Row], reference: str = "circuit") -> str:
-    """Markdown."""
+    """Markdown. Of the differences on kept tasks, that on the source is shown."""
     kept = list(dict.fromkeys(name for row in rows for name in row.kept))
-    head = ["arm", "values trained", "target accuracy [95 %]", "macro-F1", f"minus {reference} [95 %]", *kept]
+    minus = f"minus {reference} [95 %]"
+    head = ["arm", "values moved", "target [95 %]", "macro-F1", minus]
+    for name in kept:
+        head += [f"{name} kept [95 %]"] + ([minus] if name == "source" else [])
     lines = [head, ["---"] * len(head)]
     for row in rows:
-        gap = "" if row.difference is None else "{:+.3f} [{:+.3f}, {:+.3f}]".format(*row.difference)
-        others = ["{:.3f} [{:.3f}, {:.3f}]".format(*row.kept[name]) if name in row.kept else "" for name in kept]
-        accuracy = f"{row.accuracy:.3f} [{row.interval[0]:.3f}, {row.interval[1]:.3f}]"
-        lines.append([row.arm, f"{row.trained:,.0f}", accuracy, f"{row.macro_f1:.3f}", gap, *others])
+        line = [row.arm, f"{row.moved:,.0f}", _cell(row.accuracy), f"{row.macro_f1:.3f}", _cell(row.difference, "+")]
+        for name in kept:
+            line += [_cell(row.kept.get(name))]
+            line += [_cell(row.kept_difference.get(name), "+")] if name == "source" else []
+        lines.append(line)
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def trade_off(lines: Lines, target: str, n: int) -> str:
-    """Step 3 as markdown: mean over seeds of every arm at every learning rate, chosen or not, by target accuracy."""
-    points: dict[tuple, list[dict[str, Any]]] = {}
+def _cell(value: Spread | None, sign: str = "") -> str:
+    return "" if value is None else "{0:{s}.3f} [{1:{s}.3f}, {2:{s}.3f}]".format(*value, s=sign)
+
+
+class Point(NamedTuple):
+    """One setting of an arm: means over seeds, and whether no other setting beats it on both accuracies."""
+
+    arm: str
+    lr: float
+    anchor: float
+    depth: int | None
+    seeds: int
+    reached: float
+    kept: float
+    front: bool
+
+
+def points(lines: Lines, target: str, n: int, kept: str = "source") -> list[Point]:
+    """Step 3, by target accuracy; settings that not all seeds have finished are left out."""
+    groups: dict[tuple, list[dict[str, Any]]] = {}
     for line in lines:
-        if line["target"] == target and line["n"] == n and "source" in line["tests"]:
-            points.setdefault((line["arm"], line["lr"], line["anchor"]), []).append(line)
-    rows = []
-    for (arm, lr, anchor), group in points.items():
-        reached, kept = (np.mean([line["tests"][name]["accuracy"] for line in group]) for name in (target, "source"))
-        rows.append((-reached, f"| {arm} | {lr:g} | {anchor:g} | {len(group)} | {reached:.3f} | {kept:.3f} |"))
-    head = "| arm | rate | anchor | seeds | target | source kept |\n| --- | --- | --- | --- | --- | --- |"
-    return "\n".join([head, *(text for _, text in sorted(rows))])
+        if line["target"] == target and line["n"] == n and kept in line["tests"]:
+            groups.setdefault((line["arm"], line["lr"], line["anchor"], line["depth"]), []).append(line)
+    seeds = max(map(len, groups.values()), default=0)
+    means = {
+        setting: tuple(float(np.mean([line["tests"][name]["accuracy"] for line in group])) for name in (target, kept))
+        for setting, group in groups.items()
+        if len(group) == seeds
+    }
+    found = []
+    for setting, (reached, held) in means.items():
+        beaten = any(r >= reached and h >= held and (r, h) != (reached, held) for r, h in means.values())
+        found.append(Point(*setting, seeds, reached, held, not beaten))
+    return sorted(found, key=lambda point: -point.reached)
+
+
+def trade_off(lines: Lines, target: str, n: int) -> str:
+    """The points as markdown."""
+    rows = [
+        f"| {p.arm} | {p.lr:g} | {p.anchor:g} | {'' if p.depth is None else p.depth} | {p.seeds} | {p.reached:.3f} | {p.kept:.3f} "
+        f"| {'yes' if p.front else ''} |"
+        for p in points(lines, target, n)
+    ]
+    head = "| arm | rate | anchor | depth | seeds | target | source kept | front |\n| --- | --- | --- | --- | --- | --- | --- | --- |"
+    return "\n".join([head, *rows])
 
 
 def agreement(circuits: Sequence[Any]) -> float:

@@ -158,17 +158,35 @@ def step(
 ) -> float:
     """One optimizer step; returns the loss without the anchor. Raises ValueError when it is not finite."""
     optimizer.zero_grad(set_to_none=True)
-    value = readout_loss(model, encoded, rows, loss)
-    if not torch.isfinite(value):
-        raise ValueError(f"the loss became {value.item()}; use a smaller learning rate or check the weights for NaN")
-    value.backward()
+    total = 0.0
+    for part in by_length(rows, encoded.attention_mask.sum(1)):
+        value = readout_loss(model, encoded, part, loss) * (len(part) / len(rows))
+        if not torch.isfinite(value):
+            raise ValueError(
+                f"the loss became {value.item()}; use a smaller learning rate or check the weights for NaN"
+            )
+        value.backward()
+        total += value.item()
     if anchor:
         for parameter, was in zip(parameters, start, strict=True):
             if parameter.grad is not None:
                 parameter.grad.add_(parameter.detach() - was, alpha=anchor)
     torch.nn.utils.clip_grad_norm_(parameters, clip)
     optimizer.step()
-    return value.item()
+    return total
+
+
+def by_length(rows: Int[Tensor, " row"], lengths: Int[Tensor, " example"]) -> list[Int[Tensor, " part"]]:
+    """A batch in parts of similar length, whose gradients add up to its own: halved while that saves an eighth of it.
+
+    Short texts then are not padded to the longest; on text of very different lengths that is nearly half of the work.
+    """
+    rows = rows[lengths[rows].argsort(stable=True)]
+    half = len(rows) // 2
+    longest = lengths[rows].amax()
+    if half == 0 or 8 * half * (longest - lengths[rows[half - 1]]) < len(rows) * longest:
+        return [rows]
+    return [*by_length(rows[:half], lengths), *by_length(rows[half:], lengths)]
 
 
 class Best:

@@ -10,9 +10,9 @@ from test_tuning import toy, words_tokenizer
 from circuits import Circuit, HeadScores, load
 from interventions.arms import ARMS, tfidf, tune_arm
 from interventions.avoiding import costs, disturbance
-from interventions.experiment import Experiment, Splits, compare, restore, snapshot
+from interventions.experiment import Bench, Experiment, Splits, at_depth, compare, restore, snapshot
 from interventions.masks import HeadMask
-from interventions.tradeoff import agreement, bootstrap, choose, summarise, table, trade_off
+from interventions.tradeoff import agreement, bootstrap, choose, points, summarise, table, trade_off
 
 from models import tiny
 
@@ -27,14 +27,15 @@ def plan(tmp_path_factory):
     target = Splits(toy(40, 4, flip=True), toy(12, 5, flip=True), toy(20, 6, flip=True))
     return Experiment(
         str(folder / "model"), source, {"flipped": target}, folder / "out", arms=("circuit", "norms", "tfidf"), sizes=(8,),
-        seeds=(1, 2), per_depth=1, depth=1, source_examples=24, source_epochs=6, source_lr=3e-3, epochs=1,
+        seeds=(1, 2), per_depth=1, depths=(0, 1), source_examples=24, source_epochs=6, source_lr=3e-3, epochs=1,
     )  # fmt: skip
 
 
 def test_comparison_runs_resumes_and_reports(plan):
     lines = compare(plan, progress=False)
     path = plan.directory / "results.jsonl"
-    wanted = 2 * (1 + len(ARMS["circuit"].rates) + len(ARMS["norms"].rates) + 1)
+    per_rate = {arm: 2 if arm == "circuit" else 1 for arm in ("circuit", "norms")}  # two depths
+    wanted = 2 * (1 + sum(len(ARMS[arm].rates) * n for arm, n in per_rate.items()) + 1)
     assert len(lines) == wanted == len(path.read_text().splitlines())
     assert all(line["proof"].startswith("0 of ") for line in lines if line["arm"] in ("circuit", "norms"))
     # A killed run: the last lines are missing. Only those run again, from the same competent weights, to the same end.
@@ -50,7 +51,7 @@ def test_comparison_runs_resumes_and_reports(plan):
     assert "source" in rows[1].kept and rows[1].difference is None and rows[2].difference is not None
     text = table(rows)
     assert text.count("\n") == 5 and "| circuit |" in text and "| norms | 2e" not in text
-    assert trade_off(again, "flipped", 8).count("| circuit |") == len(ARMS["circuit"].rates)
+    assert trade_off(again, "flipped", 8).count("| circuit |") == 2 * len(ARMS["circuit"].rates)
     path.write_text("half a li")
     with pytest.raises(ValueError, match="is not a results file"):
         compare(plan, progress=False)
@@ -84,6 +85,37 @@ def test_every_arm_trains_what_it_says_and_the_model_can_be_reset(arm):
     assert all(torch.equal(p, start[name]) for name, p in model.hf.named_parameters())
 
 
+def test_a_circuit_is_what_its_discovery_had_at_each_depth():
+    steps = [{"depth": 0, "heads": {"a2.h1": 0.5}}, {"depth": 1, "heads": {"a0.h0": 0.2, "a1.h3": 0.1}}]
+    circuit = Circuit(["a2.h1", "a0.h0", "a1.h3"], 3, 4, {"steps": steps})
+    assert [str(at_depth(circuit, depth)) for depth in (0, 1, 2)] == ["a2.h1", "a0.h0 a1.h3 a2.h1", "a0.h0 a1.h3 a2.h1"]
+    assert at_depth(circuit, 0).matched_random(0).heads.isdisjoint(circuit.heads)
+
+
+def test_a_depth_that_adds_no_head_is_not_trained_again(plan):
+    """The line of the other depth is repeated, with its seconds its own; arms without depths are never looked up."""
+    bench = Bench.__new__(Bench)
+    steps = [{"depth": 0, "heads": {"a2.h1": 0.5}}]
+    bench.circuit = Circuit(["a2.h1"], 3, 4, {"steps": steps})
+    run = dict(arm="circuit", target="t", n=8, seed=1, lr=1e-3, anchor=0.0, depth=1)
+    finished = {**run, "depth": 0, "heads": "a2.h1", "tests": {}}
+    assert bench.same_heads(run, [finished]) is finished
+    for other in ({"heads": "a0.h0"}, {"lr": 1e-2}, {"seed": 2}, {"n": 4}):
+        assert bench.same_heads(run, [{**finished, **other}]) is None
+    assert bench.same_heads({**run, "arm": "near_zero"}, [{**finished, "arm": "near_zero"}]) is None
+
+
+def test_rates_can_be_given_per_arm(plan):
+    import dataclasses
+
+    chosen = dataclasses.replace(plan, rates={"norms": (0.1,)}, depths=(2,))
+    runs = list(chosen.runs(1))
+    assert [run["lr"] for run in runs if run["arm"] == "norms"] == [0.1]
+    assert [run["depth"] for run in runs if run["arm"] == "circuit"] == [2, 2, 2]
+    with pytest.raises(ValueError, match="no arm 'norm'"):
+        list(dataclasses.replace(plan, rates={"norm": (0.1,)}).runs(1))
+
+
 def test_an_unknown_arm_is_named(plan):
     import dataclasses
 
@@ -101,16 +133,41 @@ def test_tfidf_learns_words():
 def line(arm, seed, validation, right, lr=1e-3, kept="1111"):
     tests = {"t": {"accuracy": right.count("1") / 4, "macro_f1": 0.5, "right": right}}
     tests["source"] = {"accuracy": kept.count("1") / 4, "macro_f1": 0.5, "right": kept}
-    return dict(arm=arm, target="t", n=4, seed=seed, lr=lr, anchor=0.0, validation=validation, tests=tests, trained=10)
+    where = dict(arm=arm, target="t", n=4, seed=seed, lr=lr, anchor=0.0, depth=None)
+    return where | dict(validation=validation, tests=tests, trained=10, moved=9)
 
 
 def test_choice_is_by_validation_not_by_test():
     lines = [line("circuit", 0, 0.9, "0000"), line("circuit", 0, 0.8, "1111", lr=1e-2), line("full", 0, 0.5, "1100")]
     assert choose(lines, "t", 4)["circuit"][0]["lr"] == 1e-3
     rows = {row.arm: row for row in summarise(lines, "t", 4)}
-    assert rows["circuit"].accuracy == 0.0 and rows["full"].difference[0] == 0.5
+    assert rows["circuit"].accuracy[0] == 0.0 and rows["full"].difference[0] == 0.5 and rows["full"].moved == 9
     with pytest.raises(ValueError, match="no finished run of arm 'circuit' on 'u'"):
         summarise(lines, "u", 4)
+
+
+def test_the_difference_on_the_source_is_reported():
+    lines = [line("circuit", 0, 0.9, "1111", kept="1100"), line("full", 0, 0.9, "1111", kept="1110")]
+    circuit, full = summarise(lines, "t", 4)
+    assert full.kept_difference["source"][0] == 0.25 and circuit.kept_difference == {}
+    low, high = full.kept_difference["source"][1:]
+    assert low >= 0  # paired: text for text, full keeps what the circuit keeps
+    assert "| 0.750 [" in table([circuit, full]) and f"| +0.250 [{low:+.3f}, {high:+.3f}] |" in table([circuit, full])
+
+
+def test_the_front_has_the_settings_that_none_beats_on_both():
+    lines = [
+        line("circuit", 0, 0.9, "1110", kept="1000"),  # best target
+        line("full", 0, 0.9, "1100", kept="1110"),  # best kept
+        line("norms", 0, 0.9, "1100", kept="1100"),  # beaten by full
+        line("lora", 0, 0.9, "1000", kept="1110"),  # beaten by full
+        {**line("full", 0, 0.9, "1111", kept="1111"), "n": 3},  # another size
+    ]
+    assert [(p.arm, p.front) for p in points(lines, "t", 4)] == [
+        ("circuit", True), ("full", True), ("norms", False), ("lora", False)
+    ]  # fmt: skip
+    lines.append(line("full", 1, 0.9, "1111"))  # only one setting has finished the second seed
+    assert [(p.arm, p.seeds, p.reached) for p in points(lines, "t", 4)] == [("full", 2, 0.75)]
 
 
 def test_intervals_are_paired():

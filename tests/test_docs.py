@@ -37,6 +37,9 @@ def test_python_blocks_parse(page):
     assert page.read_text().startswith("# "), "a page begins with its title"
 
 
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.* is deprecated:FutureWarning")  # TRL's own option
+@pytest.mark.filterwarnings("ignore:Sparse invariant checks are implicitly disabled:UserWarning")  # PEFT's SHiRA
+@pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true:UserWarning")  # Trainers without a GPU
 @pytest.mark.parametrize("page", [p for p in PAGES if runnable(p)], ids=lambda page: page.name)
 def test_python_blocks_run(page, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)

@@ -2,6 +2,7 @@
 
 import copy
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -212,15 +213,38 @@ def test_torch_compile_gives_the_same_loss_and_gradients(family):
     assert done.returncode == 0 and done.stdout.startswith("equal 0 of "), done.stdout + done.stderr[-3000:]
 
 
+def example(word, folder):
+    """The example of the docs page that mentions `word`, as a script of its own."""
+    page = (TESTS.parent / "docs/restricted_training.md").read_text()
+    (code,) = [block for block in re.findall(r"^```python\n(.*?)^```", page, re.M | re.S) if word in block]
+    (folder / "example.py").write_text(code)
+    return folder / "example.py"
+
+
+@pytest.mark.slow
+def test_the_compile_example_runs(tmp_path):
+    command = [sys.executable, str(example("torch.compile", tmp_path))]
+    done = subprocess.run(command, env=environment(), cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0 and re.fullmatch(r"0 of [\d,]+ frozen values changed\n", done.stdout), done.stderr[
+        -3000:
+    ]
+
+
+@pytest.mark.slow
+def test_the_accelerate_example_runs_on_two_processes(tmp_path):
+    out = launch(example("Accelerator()", tmp_path))
+    assert len(re.findall(r"^0 of [\d,]+ frozen values changed$", out, re.M)) == 2, out
+
+
 def environment():
     return {**os.environ, "PYTHONPATH": f"{TESTS.parent}{os.pathsep}{TESTS}", "OMP_NUM_THREADS": "1"}
 
 
-def launch(script, folder, how):
+def launch(script, *arguments):
     """`accelerate launch` with two gloo processes on this machine; the launcher's CPU switch starts one process only."""
     command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
     command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
-    command += [str(script), str(folder), how]
+    command += [str(script), *map(str, arguments)]
     variables = {**environment(), "ACCELERATE_USE_CPU": "true"}
     done = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]

@@ -5,7 +5,7 @@ import torch
 
 from circuits import Circuit, LabelledTask, evaluate, load
 from interventions.masks import HeadMask
-from interventions.tuning import finetune, readout_loss
+from interventions.tuning import by_length, finetune, readout_loss, step
 
 from models import tiny
 
@@ -25,11 +25,11 @@ def words_tokenizer():
     return PreTrainedTokenizerFast(tokenizer_object=raw, pad_token="[PAD]", unk_token="[UNK]", mask_token="[MASK]")
 
 
-def toy(n=24, seed=0, flip=False, name="toy", **options):
+def toy(n=24, seed=0, flip=False, name="toy", longest=5, **options):
     """The first word decides: even is good. `flip` turns the rule around, so that learning one forgets the other."""
     generator = torch.Generator().manual_seed(seed)
     rows = []
-    for length in torch.randint(2, 6, (n,), generator=generator).tolist():
+    for length in torch.randint(2, longest + 1, (n,), generator=generator).tolist():
         words = torch.randint(0, 40, (length,), generator=generator).tolist()
         good = (words[0] % 2 == 0) != flip
         rows.append({"text": " ".join(WORDS[w] for w in words), "label": "good" if good else "bad"})
@@ -94,6 +94,36 @@ def test_loss_is_the_cross_entropy_one_text_at_a_time(side):
             others = logits[encoded.columns] if loss == "labels" else logits
             one_by_one.append(others.logsumexp(0) - logits[gold])
         torch.testing.assert_close(readout_loss(model, encoded, rows, loss), torch.stack(one_by_one).mean())
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_batch_in_parts_of_similar_length_has_the_gradient_of_the_whole(side):
+    model = toy_model()
+    encoded = toy(16, longest=20, padding_side=side).encode(model)
+    rows, lengths = torch.arange(15), encoded.attention_mask.sum(1)
+    parts = by_length(rows, lengths)
+    assert len(parts) > 1 and sorted(torch.cat(parts).tolist()) == rows.tolist()
+    padded = sum(len(part) * int(lengths[part].max()) for part in parts)
+    assert int(lengths[rows].sum()) <= padded < 0.9 * len(rows) * int(lengths[rows].max())
+    readout_loss(model, encoded, rows).backward()
+    whole = {name: p.grad.clone() for name, p in model.hf.named_parameters() if p.grad is not None}
+    start = {name: p.detach().clone() for name, p in model.hf.named_parameters()}
+    parameters = list(model.hf.parameters())
+    optimizer = torch.optim.SGD(parameters, lr=1.0)
+    before = readout_loss(model, encoded, rows).item()
+    value = step(model, encoded, rows, "labels", optimizer, parameters, [], anchor=0.0, clip=1e9)
+    assert value == pytest.approx(before)
+    for name, gradient in whole.items():
+        torch.testing.assert_close(
+            start[name] - dict(model.hf.named_parameters())[name], gradient, atol=1e-6, rtol=1e-4
+        )
+
+
+def test_texts_of_one_length_stay_one_batch():
+    rows = torch.tensor([3, 0, 2, 1])
+    assert [part.tolist() for part in by_length(rows, torch.full((4,), 9))] == [[3, 0, 2, 1]]
+    assert [part.tolist() for part in by_length(rows, torch.tensor([2, 9, 2, 9]))] == [[0, 2], [3, 1]]
+    assert [part.tolist() for part in by_length(rows[:1], torch.tensor([2, 9, 2, 9]))] == [[3]]
 
 
 def test_seeds_repeat_and_the_global_generator_is_left_alone():

@@ -28,9 +28,16 @@ def options() -> argparse.Namespace:
     parser.add_argument("--sizes", nargs="+", type=int, default=[100])
     parser.add_argument("--seeds", nargs="+", type=int, default=[31, 777, 2025, 12345])
     parser.add_argument("--arms", nargs="+", default=list(ARMS))
+    parser.add_argument("--rates", nargs="*", default=[], help="arm=rate,rate instead of the arm's own")
+    parser.add_argument("--depths", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--per-depth", type=int, default=2)
     parser.add_argument("--table-only", action="store_true")
     return parser.parse_args()
+
+
+def rates(given: list[str]) -> dict[str, list[float]]:
+    pairs = [entry.partition("=") for entry in given]
+    return {arm: [float(rate) for rate in listed.split(",")] for arm, _, listed in pairs}
 
 
 def nusax(data: str, language: str) -> Splits:
@@ -56,7 +63,7 @@ def main() -> None:
     experiment = Experiment(
         given.model, splits(given.source), {name: splits(name) for name in given.targets}, Path(given.out),
         related={name: splits(name).test for name in given.related}, arms=given.arms, sizes=given.sizes,
-        seeds=given.seeds, per_depth=given.per_depth,
+        seeds=given.seeds, depths=given.depths, per_depth=given.per_depth, rates=rates(given.rates),
         # The pocket model was trained on its source languages; it needs no competence tuning.
         source_epochs=0 if is_pocket else 4,
     )  # fmt: skip
