@@ -53,12 +53,14 @@ def token_relevance(
     *,
     ablate: str = "mean",
     means: str = "label-balanced",
+    reference: Float[Tensor, "layer *position head d_head"] | None = None,
     batch_size: int | None = None,
     progress: bool = True,
 ) -> TokenRelevance:
     """What the margin loses when one token is replaced by the average token; with `head`, when that head is silent at that token only.
 
-    `ablate` ("mean", "zero", "resample") and `means` are those of `ablation`. Cost: one forward per token of an example.
+    `ablate` ("mean", "zero", "resample"), `means` and `reference` (for a head) are those of `ablation`. Cost: one forward per
+    token of an example.
     """
     if ablate not in ABLATIONS:
         raise ValueError(f"ablate={ablate!r}; expected one of {', '.join(map(repr, ABLATIONS))}")
@@ -69,9 +71,9 @@ def token_relevance(
         differences = _embedding_differences(model, encoded, ablate)
     else:
         head = next(iter(Circuit([head]).check(model.anatomy.n_layers, model.anatomy.n_heads)))
-        differences = _head_differences(
-            model, head, reference_activations(model, task, ablate, means, False, batch_size)
-        )
+        if reference is None:
+            reference = reference_activations(model, task, ablate, means, False, batch_size)
+        differences = _head_differences(model, head, reference)
     rows = rows_that_fit(model, encoded, batch_size)
     values = torch.zeros(encoded.tokens.shape)
     for indices, batch in track(short_batches(encoded, rows), "tokens", -(-len(encoded) // rows), progress):

@@ -109,8 +109,10 @@ class Found(NamedTuple):
 
     def save_inside(self, model: "Model", out: Path, quiet: bool) -> None:
         """What the report shows of single heads."""
+        from .cli_head import save_head
         from .cli_look import save_edges, save_look
 
+        save_head(model, self.chosen, self.scores, self.circuit, out)
         save_look(model, self.chosen, self.scores, self.circuit, out)
         if self.scores.method.startswith("cdt"):
             save_edges(model, self.chosen, self.circuit, out, quiet)

@@ -18,7 +18,7 @@ def save_look(model: "Model", task: "Task", scores: "HeadScores", circuit: "Circ
     tensors, words = {}, []
     for index, row in enumerate(_rows(model, task, n)):
         words.append([model.tokenizer.decode([token]) for token in row.tolist()])
-        for head, pattern in _patterns(model, row, heads).items():
+        for head, pattern in patterns(model, row, heads).items():
             tensors[f"{index}.{head}"] = pattern
     save_tensors(out / "look", tensors, {"format": "luthier.look/1", "words": words, "model": model.name})
 
@@ -73,7 +73,8 @@ def _rows(model: "Model", task: "Task", n: int) -> list:
     return [encoded.tokens[i][encoded.attention_mask[i].bool()] for i in chosen]
 
 
-def _patterns(model: "Model", row: Any, heads: "list[Head]") -> "dict[Head, Any]":
+def patterns(model: "Model", row: Any, heads: "list[Head]") -> "dict[Head, Any]":
+    """Attention of some heads on one row of tokens."""
     import torch
 
     from circuits import record

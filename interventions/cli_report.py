@@ -33,9 +33,18 @@ def write_report(folder: Path, path: Path, title: str | None = None) -> Path:
     import viz
     from circuits.files import read_json
 
+    from .cli_head import head_section
+
     if not folder.is_dir():
         raise FileNotFoundError(f"no folder {str(folder)!r}; expected the --out folder of a luthier run")
-    parts = (_discovery(folder), _inside(folder), _faithfulness(folder), _mask(folder), _tuning(folder))
+    parts = (
+        _discovery(folder),
+        head_section(folder),
+        _inside(folder),
+        _faithfulness(folder),
+        _mask(folder),
+        _tuning(folder),
+    )
     sections = {name: items for part in parts for name, items in part.items()}
     if not sections:
         raise FileNotFoundError(
