@@ -80,14 +80,14 @@ class FaithfulnessCurve:
         self, level: float = 0.95, resamples: int = 1000, seed: int = 0
     ) -> tuple[Float[Tensor, " size"], Float[Tensor, " size"]]:
         """Bootstrap over examples of the faithfulness ratio, at each size."""
-        weights = _resample(len(self.full), resamples, seed)
+        weights = bootstrap_weights(len(self.full), resamples, seed)
         empty, full = weights @ self.empty, weights @ self.full
         return _percentiles((self.margins @ weights.T - empty) / (full - empty), level)
 
     def accuracy_interval(
         self, level: float = 0.95, resamples: int = 1000, seed: int = 0
     ) -> tuple[Float[Tensor, " size"], Float[Tensor, " size"]]:
-        return _percentiles(self.correct.float() @ _resample(len(self.full), resamples, seed).T, level)
+        return _percentiles(self.correct.float() @ bootstrap_weights(len(self.full), resamples, seed).T, level)
 
     def circuit(self, size: int) -> Circuit:
         """The circuit that was measured at this size."""
@@ -288,7 +288,7 @@ def _mask(circuit: Circuit, n_layers: int, n_heads: int) -> Bool[Tensor, "layer 
     return torch.tensor([[Head(layer, head) in circuit for head in range(n_heads)] for layer in range(n_layers)])
 
 
-def _resample(n: int, resamples: int, seed: int) -> Float[Tensor, "resample example"]:
+def bootstrap_weights(n: int, resamples: int, seed: int) -> Float[Tensor, "resample example"]:
     """Bootstrap weights: row r counts how often each example was drawn, over n."""
     drawn = torch.randint(n, (resamples, n), generator=torch.Generator().manual_seed(seed))
     return torch.zeros(resamples, n).scatter_add_(1, drawn, torch.ones(resamples, n)) / n

@@ -36,6 +36,7 @@ def learned_gates(
     lr: float = 0.1,
     sparsity: float = 0.5,
     means: str = "label-balanced",
+    per_position: bool = False,
     batch_size: int = 16,
     seed: int = 0,
     progress: bool = True,
@@ -44,7 +45,7 @@ def learned_gates(
     if steps < 1 or sparsity <= 0:
         raise ValueError(f"steps={steps}, sparsity={sparsity}; expected at least one step and a positive weight")
     encoded = task.encode(model)
-    reference = mean_activations(model, task, means).to(model.dtype)
+    reference = mean_activations(model, task, means, per_position).to(model.dtype)
     fitted = []
     for sign, name in ((1, "closing gates"), (-1, "opening gates")):
         generator = torch.Generator().manual_seed(seed)
@@ -65,7 +66,7 @@ def learned_gates(
         task=task.name,
         data=task.fingerprint,
         seed=seed,
-        options={"steps": steps, "lr": lr, "sparsity": sparsity, "means": means, "units": "gate"},
+        options={"steps": steps, "lr": lr, "sparsity": sparsity, "means": means, "per_position": per_position, "units": "gate"},
     )
 
 

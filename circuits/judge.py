@@ -7,6 +7,8 @@
 3. AUROC: the probability that a head of a known circuit outranks a head outside it.
 4. Stability: mean Jaccard of the top-k sets of pairs of bootstrap resamples of the examples (1 = always the same heads).
 5. Agreement: Pearson, Spearman and top-k overlap with exact ablation.
+6. Intervals: percentile bootstrap over examples. CPR and CMD resample the held-out examples with the ranking as it is; what
+   compares rankings resamples the examples that were scored, the same ones for the method and for ablation.
 """
 
 import time
@@ -17,7 +19,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from .faithful import faithfulness
+from .faithful import bootstrap_weights, faithfulness
 from .heads import Circuit, HeadScores
 from .model import Model
 from .tasks import Task
@@ -68,7 +70,7 @@ def stability(scores: HeadScores, k: int, resamples: int = 100, seed: int = 0) -
 
 @dataclass(frozen=True)
 class Verdict:
-    """One row of the judge's table."""
+    """One row of the judge's table. `intervals` has the 95 % bounds of the measures that have some, by name."""
 
     method: str
     seconds: float
@@ -80,14 +82,18 @@ class Verdict:
     top: float  # share of the oracle's top k that the method has too
     stability: float | None
     curve: tuple[float, ...]
+    intervals: dict[str, tuple[float, float]]
 
     def row(self) -> str:
-        known = "-" if self.auroc is None else f"{self.auroc:.2f}"
-        stable = "-" if self.stability is None else f"{self.stability:.2f}"
-        values = (
-            f"{self.pearson:.2f} | {self.spearman:.2f} | {self.top:.2f} | {known} | {self.cpr:.2f} | {self.cmd:.2f}"
-        )
-        return f"| {self.method} | {values} | {stable} | {self.seconds:.1f} |"
+        names = ("pearson", "spearman", "top", "auroc", "cpr", "cmd", "stability")
+        return f"| {self.method} | {' | '.join(map(self._cell, names))} | {self.seconds:.2f} |"
+
+    def _cell(self, name: str) -> str:
+        value = getattr(self, name)
+        if value is None:
+            return "-"
+        low, high = self.intervals.get(name, (None, None))
+        return f"{value:.2f}" if low is None else f"{value:.2f} ({low:.2f} to {high:.2f})"
 
 
 HEADER = (
@@ -105,34 +111,75 @@ def compare_methods(
     k: int | None = None,
     ablate: str = "mean",
     seed: int = 0,
+    resamples: int = 200,
+    clock: Callable[[], float] = time.perf_counter,
     progress: bool = True,
 ) -> list[Verdict]:
     """Run each method, and measure its ranking on the held-out task. `k` (default: the known circuit's size, or a tenth)."""
     total = oracle.values.numel()
     k = k or (len(known) if known is not None else max(1, total // 10))
-    sizes = [int(p * total / 100 + 0.5) for p in PERCENT]  # below half a head nothing is kept and f = 0
     verdicts = []
     for name, method in methods.items():
-        begin = time.perf_counter()
+        begin = clock()
         scores = method()
-        seconds = time.perf_counter() - begin
-        curve = faithfulness(
-            model,
-            held,
-            scores,
-            ablate=ablate,
-            sizes=sorted({s for s in sizes if s}),
-            controls=0,
-            seed=seed,
-            progress=progress,
-        )
-        kept = dict(zip((int(s) for s in curve.sizes), curve.faithfulness.tolist(), strict=True))
-        f = [kept[size] if size else 0.0 for size in sizes]
-        cpr, cmd = cpr_cmd(PERCENT, f)
-        agreement = scores.correlation(oracle)
-        common = len(scores.top(k) & oracle.top(k)) / k
-        stable = stability(scores, k, seed=seed) if scores.examples is not None else None
-        area = None if known is None else auroc(scores.values, known)
-        values = (cpr, cmd, area, agreement["pearson"], agreement["spearman"], common, stable, tuple(f))
-        verdicts.append(Verdict(name, seconds, *values))
+        seconds = clock() - begin
+        kept, intervals = _curve(model, held, scores, ablate, seed, resamples, progress)
+        cpr, cmd = cpr_cmd(PERCENT, kept)
+        agreement = _agreement(scores.values, oracle.values, known, k)
+        stable = None
+        if scores.examples is not None and len(scores.examples) > 1:
+            stable = stability(scores, k, seed=seed)
+            intervals |= _resampled(scores, oracle, known, k, resamples, seed)
+        values = (cpr, cmd, agreement.get("auroc"), agreement["pearson"], agreement["spearman"], agreement["top"])
+        verdicts.append(Verdict(name, seconds, *values, stable, kept, intervals))
     return verdicts
+
+
+def _curve(
+    model: Model, held: Task, scores: HeadScores, ablate: str, seed: int, resamples: int, progress: bool
+) -> tuple[tuple[float, ...], dict[str, tuple[float, float]]]:
+    """f at every size, and the intervals of the areas under it."""
+    sizes = [int(p * scores.values.numel() / 100 + 0.5) for p in PERCENT]  # below half a head nothing is kept and f = 0
+    wanted = sorted({size for size in sizes if size})
+    options = dict(ablate=ablate, sizes=wanted, controls=0, seed=seed, progress=progress)
+    curve = faithfulness(model, held, scores, **options)
+    place = {int(size): i for i, size in enumerate(curve.sizes)}
+
+    def kept(weights: Float[Tensor, " example"]) -> tuple[float, ...]:
+        empty, full = weights @ curve.empty, weights @ curve.full
+        f = (curve.margins @ weights - empty) / (full - empty)
+        return tuple(float(f[place[size]]) if size else 0.0 for size in sizes)
+
+    n = len(curve.full)
+    draws = [cpr_cmd(PERCENT, kept(weights)) for weights in bootstrap_weights(n, resamples, seed)]
+    bounds = {name: _bounds(values) for name, values in zip(("cpr", "cmd"), zip(*draws, strict=True), strict=True)}
+    return kept(torch.full((n,), 1 / n)), bounds
+
+
+def _resampled(
+    scores: HeadScores, oracle: HeadScores, known: Circuit | None, k: int, resamples: int, seed: int
+) -> dict[str, tuple[float, float]]:
+    """Intervals of what compares rankings; the oracle is resampled too where it was measured on the same examples."""
+    assert scores.examples is not None
+    paired = oracle.examples is not None and len(oracle.examples) == len(scores.examples)
+    draws = []
+    for weights in bootstrap_weights(len(scores.examples), resamples, seed):
+        mine = torch.einsum("e,elh->lh", weights, scores.examples.float())
+        theirs = torch.einsum("e,elh->lh", weights, oracle.examples.float()) if paired else oracle.values
+        draws.append(_agreement(mine, theirs, known, k))
+    return {name: _bounds([draw[name] for draw in draws]) for name in draws[0]}
+
+
+def _agreement(
+    mine: Float[Tensor, "layer head"], oracle: Float[Tensor, "layer head"], known: Circuit | None, k: int
+) -> dict[str, float]:
+    found, wanted = HeadScores(mine, "method"), HeadScores(oracle, "oracle")
+    correlation = found.correlation(wanted)
+    values = {"pearson": correlation["pearson"], "spearman": correlation["spearman"]}
+    values["top"] = len(found.top(k) & wanted.top(k)) / k
+    return values if known is None else values | {"auroc": auroc(mine, known)}
+
+
+def _bounds(values: Sequence[float]) -> tuple[float, float]:
+    low, high = torch.tensor(values, dtype=torch.float64).quantile(torch.tensor([0.025, 0.975], dtype=torch.float64))
+    return float(low), float(high)

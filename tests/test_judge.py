@@ -4,8 +4,8 @@ import pytest
 import torch
 from test_discovery import TokenTask
 
-from circuits import Circuit, Head, HeadScores, ablation, gradient
-from circuits.judge import PERCENT, auroc, compare_methods, cpr_cmd, stability
+from circuits import Circuit, Head, HeadScores, ablation, faithfulness, gradient
+from circuits.judge import PERCENT, _curve, _resampled, auroc, compare_methods, cpr_cmd, stability
 
 from models import shared_tiny
 
@@ -49,3 +49,38 @@ def test_the_oracle_agrees_with_itself():
     assert first.spearman == pytest.approx(1) and first.auroc == 1 and first.top == 1
     assert second.spearman < 1 and first.curve[-1] == pytest.approx(1)
     assert first.row().count("|") == 10
+
+
+def test_intervals_hold_the_value_and_shrink_with_examples():
+    """Per-example scores = one ranking + noise: the interval of the correlation is wide for few examples, narrow for many."""
+    truth = torch.arange(12.0).view(3, 4)
+    widths = []
+    for n in (8, 200):
+        noise = torch.randn(n, 3, 4, generator=torch.Generator().manual_seed(n)) * 8
+        noisy, oracle = HeadScores.from_examples(truth + noise, "noisy"), HeadScores(truth, "oracle")
+        intervals = _resampled(noisy, oracle, Circuit([Head(2, 3), Head(2, 2)]), 2, 200, 0)
+        assert set(intervals) == {"pearson", "spearman", "top", "auroc"}
+        low, high = intervals["pearson"]
+        assert low <= noisy.correlation(oracle)["pearson"] <= high
+        widths.append(high - low)
+    assert widths[0] > 3 * widths[1] > 0
+
+
+def test_examples_are_resampled_together_with_the_oracles():
+    """The same noise in method and oracle cancels; drawn apart it would not."""
+    noise = torch.randn(30, 3, 4, generator=torch.Generator().manual_seed(1))
+    same = HeadScores.from_examples(noise, "method")
+    assert _resampled(same, HeadScores.from_examples(noise, "oracle"), None, 2, 50, 0)["pearson"] == pytest.approx((1, 1))
+
+
+def test_area_intervals_come_from_the_held_out_margins():
+    model, task = shared_tiny("llama"), TokenTask()
+    oracle = ablation(model, task, progress=False)
+    kept, bounds = _curve(model, task, oracle, "mean", 0, 100, False)
+    curve = faithfulness(model, task, oracle, sizes=[1, 2, 6, 12], controls=0, progress=False)
+    assert kept == pytest.approx([0, 0, 0, 0, 0, *curve.faithfulness[[0, 0, 1, 2, 3]].tolist()], rel=1e-4)
+    (low, high), (cpr, _) = bounds["cpr"], cpr_cmd(PERCENT, kept)
+    assert low < cpr < high
+    (row,) = compare_methods(model, task, {"oracle": lambda: oracle}, oracle, progress=False)
+    assert row.intervals["cmd"] == _curve(model, task, oracle, "mean", 0, 200, False)[1]["cmd"]
+    assert f"| {row.cpr:.2f} ({row.intervals['cpr'][0]:.2f} to " in row.row()

@@ -1,10 +1,12 @@
 """Speed of CD-T against its arithmetic floor, against ablation, and its memory. Prints markdown; ratios are from one run.
 
-    OMP_NUM_THREADS=1 python tests/benchmarks/bench_cdt.py [nodes|heads|memory|growth ...] [--prompts 50]
+    OMP_NUM_THREADS=1 python tests/benchmarks/bench_cdt.py [nodes|heads|screen|memory|long|growth ...] [--prompts 50] [--resume FILE]
 
-GPT-2-small shape with random weights (random weights take as long as trained ones). Every ratio has both sides timed here.
+GPT-2-small shape with random weights (random weights take as long as trained ones). Every ratio has both sides timed here, in
+turns: a few prompts of one, the same prompts of the other. With --resume a stopped run goes on where it was.
 """
 
+import json
 import sys
 import time
 from collections.abc import Callable
@@ -20,38 +22,40 @@ from circuits.encoding import Encoded  # noqa: E402
 from circuits.means import mean_activations  # noqa: E402
 from circuits.tasks import Task  # noqa: E402
 
-PROMPTS = 50
+PROMPTS, TURN = 50, 5
+STORE: Path | None = None
 
 
 class RandomTokens(Task):
-    """`n` prompts of `length` random tokens, three answer columns."""
+    """Prompts of `length` random tokens, three answer columns. `rows` are their seeds."""
 
-    name, fingerprint = "random tokens", "seed 0"
+    name, fingerprint = "random tokens", "seeded"
 
-    def __init__(self, n: int, length: int, vocabulary: int):
-        self.n, self.length, self.vocabulary = n, length, vocabulary
+    def __init__(self, rows, length: int, vocabulary: int):
+        self.rows, self.length, self.vocabulary = list(rows), length, vocabulary
 
     def __len__(self) -> int:
-        return self.n
+        return len(self.rows)
 
     def select(self, indices):
-        return RandomTokens(len(indices), self.length, self.vocabulary)
+        return RandomTokens([self.rows[i] for i in indices], self.length, self.vocabulary)
 
     def encode(self, model) -> Encoded:
-        tokens = torch.randint(self.vocabulary, (self.n, self.length), generator=torch.Generator().manual_seed(0))
-        gold = torch.arange(self.n) % 3
-        direction = torch.full((self.n, 3), -0.5)
-        direction[torch.arange(self.n), gold] = 1.0
-        readout = torch.full((self.n,), self.length - 1)
-        mask = torch.ones_like(tokens)
-        return Encoded(tokens, mask, readout, torch.tensor([10, 20, 30]), direction, gold, gold)
+        n = len(self.rows)
+        seeds = [torch.Generator().manual_seed(row) for row in self.rows]
+        tokens = torch.stack([torch.randint(self.vocabulary, (self.length,), generator=seed) for seed in seeds])
+        gold = torch.tensor(self.rows) % 3
+        direction = torch.full((n, 3), -0.5)
+        direction[torch.arange(n), gold] = 1.0
+        readout = torch.full((n,), self.length - 1)
+        return Encoded(tokens, torch.ones_like(tokens), readout, torch.tensor([10, 20, 30]), direction, gold, gold)
 
 
-def gpt2_small(n_layer: int = 12):
+def gpt2_small(n_layer: int = 12, n_head: int = 12):
     from transformers import GPT2Config, GPT2LMHeadModel
 
     torch.manual_seed(0)
-    return load(GPT2LMHeadModel(GPT2Config(n_layer=n_layer)).eval())
+    return load(GPT2LMHeadModel(GPT2Config(n_layer=n_layer, n_embd=64 * n_head, n_head=n_head)).eval())
 
 
 def seconds(run: Callable[[], object], repeats: int = 1) -> float:
@@ -104,39 +108,89 @@ def nodes() -> None:
     flops = node_flops(16, 12, 12)
     floor = flops / rate
     print(f"| 2304 nodes x 1 prompt x 16 tokens, paper | {took:.1f} s | floor {floor:.1f} s ({flops / 1e12:.2f} TFLOP at "
-          f"{rate / 1e9:.0f} GFLOP/s) | {took / floor:.2f}x | bar 2x |", flush=True)  # fmt: skip
+          f"{rate / 1e9:.0f} GFLOP/s) | {took / floor:.2f}x | {verdict(took / floor, 2.0)} |", flush=True)  # fmt: skip
+
+
+def stored(key: str, make: Callable[[], dict]) -> dict:
+    """`make()`, or what an earlier run with the same --resume file found."""
+    known = json.loads(STORE.read_text()) if STORE and STORE.is_file() else {}
+    if key not in known:
+        known[key] = make()
+        if STORE:
+            STORE.write_text(json.dumps(known))
+    return known[key]
+
+
+def in_turns(label: str, model, length: int, arms: dict[str, Callable], turns: dict[str, int]) -> dict[str, dict]:
+    """Seconds and mean scores of each arm, TURN prompts of one after the same prompts of another. `turns`: how many of them."""
+    mean = mean_activations(model, RandomTokens(range(TURN), length, 50257))
+    found: dict[str, dict] = {name: {"seconds": 0.0, "scores": 0.0, "prompts": 0} for name in arms}
+    for turn in range(max(turns.values())):
+        task = RandomTokens(range(turn * TURN, (turn + 1) * TURN), length, 50257)
+        for name, arm in arms.items():
+            if turn >= turns[name]:
+                continue
+
+            def make(arm=arm, task=task) -> dict:
+                begin = time.process_time()
+                scores = arm(model, task, mean)
+                return {"seconds": time.process_time() - begin, "values": scores.values.tolist()}
+
+            part, sums = stored(f"{label} {name} {turn}", make), found[name]
+            sums["seconds"] += part["seconds"]
+            sums["scores"] = sums["scores"] + torch.tensor(part["values"])
+            sums["prompts"] += TURN
+    return found
+
+
+ARMS = {
+    "ablation": lambda model, task, mean: ablation(model, task, reference=mean, progress=False),
+    "exact": lambda model, task, mean: relevance(model, task, means=mean, progress=False),
+    "screen=0.1": lambda model, task, mean: relevance(model, task, means=mean, screen=0.1, progress=False),
+    "frozen": lambda model, task, mean: relevance(model, task, means=mean, rules="frozen", progress=False),
+    "paper": lambda model, task, mean: relevance(model, task, means=mean, rules="paper", progress=False),
+}
 
 
 def heads() -> None:
-    """144 heads x 50 prompts of 32 tokens to label margins: exact, frozen, paper and screened against ablation."""
-    model, task = gpt2_small(), RandomTokens(PROMPTS, 32, 50257)
-    mean = mean_activations(model, task)
-    oracle, times = None, {}
+    """144 heads x 50 prompts of 32 tokens to label margins: exact and screened against ablation; one turn of the other rules."""
+    turns = {name: PROMPTS // TURN if name in ("ablation", "exact", "screen=0.1") else 1 for name in ARMS}
+    found = in_turns("heads", gpt2_small(), 32, ARMS, turns)
+    each = {name: sums["seconds"] / sums["prompts"] for name, sums in found.items()}
+    for name, against, bar in (("exact", "ablation", 1.0), ("screen=0.1", "exact", 0.2), ("frozen", "ablation", None),
+                               ("paper", "ablation", None)):  # fmt: skip
+        print(f"| 144 heads x {found[name]['prompts']} prompts x 32 tokens, `{name}` | {found[name]['seconds']:.0f} s "
+              f"| `{against}`, the same prompts | {each[name] / each[against]:.2f}x | {verdict(each[name] / each[against], bar)} |",
+              flush=True)  # fmt: skip
+    print(
+        f"| top 10 by size of `screen=0.1` and of `exact` in common | | | {common(found['screen=0.1'], found['exact'])} of 10 | |"
+    )
 
-    def ablate():
-        nonlocal oracle
-        oracle = ablation(model, task, reference=mean, progress=False)
 
-    times["ablation"] = seconds(ablate)
-    found = {}
-    for name, options in {
-        "exact": {},
-        "screen=0.1": {"screen": 0.1},
-        "frozen": {"rules": "frozen"},
-        "paper": {"rules": "paper"},
-    }.items():
+def screen() -> None:
+    """Screening at other sizes: fewer and more heads, short and long prompts."""
+    global TURN
+    TURN = 2
+    for layers, wide, length in ((6, 12, 32), (12, 6, 32), (24, 12, 16), (12, 12, 128)):
+        model = gpt2_small(layers, wide)
+        arms = {name: ARMS[name] for name in ("exact", "screen=0.1")}
+        found = in_turns(f"screen {layers} {wide} {length}", model, length, arms, {name: 2 for name in arms})
+        exact, screened = found["exact"], found["screen=0.1"]
+        ratio = screened["seconds"] / exact["seconds"]
+        print(f"| {layers} x {wide} heads, {exact['prompts']} prompts x {length} tokens, `screen=0.1` | {screened['seconds']:.1f} s "
+              f"| `exact` {exact['seconds']:.1f} s | {ratio:.2f}x, {common(screened, exact)} of the top 10 | {verdict(ratio, 0.2)} |",
+              flush=True)  # fmt: skip
 
-        def run(name=name, options=options):
-            found[name] = relevance(model, task, means=mean, progress=False, **options)
 
-        times[name] = seconds(run)
-        common = len(found[name].top(10, by="magnitude") & oracle.top(10, by="magnitude"))
-        against = "exact" if name.startswith("screen") else "ablation"
-        print(
-            f"| 144 heads x {PROMPTS} prompts x 32 tokens, {name} | {times[name]:.1f} s | {against} {times[against]:.1f} s "
-            f"| {times[name] / times[against]:.2f}x | top 10 by size shared with ablation: {common} |",
-            flush=True,
-        )
+def common(one: dict, other: dict) -> int:
+    tops = [set(sums["scores"].abs().flatten().topk(10).indices.tolist()) for sums in (one, other)]
+    return len(tops[0] & tops[1])
+
+
+def verdict(ratio: float, bar: float | None) -> str:
+    if bar is None:
+        return "-"
+    return f"bar {bar:g}x: met" if ratio <= bar else f"bar {bar:g}x: missed by {ratio / bar - 1:.0%}"
 
 
 def resident(which: str) -> int:
@@ -145,59 +199,91 @@ def resident(which: str) -> int:
     return int(next(line for line in lines if line.startswith(which)).split()[1])
 
 
-def memory() -> None:
-    """336 heads, 152k vocabulary, 50 examples of 128 tokens (Qwen2.5-0.5B's shape): peak above the model."""
+def peak(n: int, length: int, layers: range, dtype: torch.dtype) -> None:
+    """Peak above the loaded model, Qwen2.5-0.5B's shape: 24 layers x 14 heads, vocabulary 151,936."""
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
     torch.manual_seed(0)
     config = Qwen2Config(
         hidden_size=896, intermediate_size=4864, num_hidden_layers=24, num_attention_heads=14, num_key_value_heads=2,
-        vocab_size=151936, tie_word_embeddings=True,
+        vocab_size=151936, tie_word_embeddings=True, dtype=dtype,
     )  # fmt: skip
-    model = load(Qwen2ForCausalLM(config).to(torch.bfloat16).eval())
-    task = RandomTokens(PROMPTS, 128, 151936)
-    mean = torch.zeros(24, 14, 64)
+    model = load(Qwen2ForCausalLM(config).to(dtype).eval())
+    task, mean = RandomTokens(range(n), length, 151936), torch.zeros(24, 14, 64)
+    some = [head for head in model.anatomy.heads() if head.layer in layers]
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew (Linux)
     before = resident("VmRSS")
-    some = [
-        head for head in model.anatomy.heads() if head.layer >= 22
-    ]  # peak is set by a chunk, not by how many there are
     took = seconds(lambda: relevance(model, task, means=mean, sources=some, progress=False))
-    peak = (resident("VmHWM") - before) / 2**20
-    print(
-        f"| {len(some)} of 336 heads x {PROMPTS} x 128 tokens, vocabulary 151,936, exact, bf16 | {took:.1f} s "
-        f"| peak above the loaded model {peak:.2f} GiB | | bar 2 GiB |",
-        flush=True,
-    )
+    above = (resident("VmHWM") - before) / 2**20
+    what = f"{len(some)} heads x {n} prompts x {length} tokens, vocabulary 151,936, {str(dtype).removeprefix('torch.')}"
+    print(f"| {what}: peak above the model of {before / 2**20:.1f} GiB | {took:.0f} s | | {above:.2f} GiB "
+          f"| bar 2 GiB: {'met' if above <= 2 else 'missed'} |", flush=True)  # fmt: skip
+
+
+def memory() -> None:
+    """The whole problem, 336 heads and 50 examples, of short prompts: how much is in flight does not depend on their length."""
+    peak(50, 6, range(24), torch.float32)
+
+
+def long() -> None:
+    """50 long examples; heads of one layer, since more sources mean more chunks and not larger ones."""
+    peak(50, 128, range(22, 23), torch.float32)
 
 
 def growth() -> None:
-    """Seconds against sources, prompt length and layers (exact, 4 prompts)."""
-    for layers, length, share in [
-        (3, 32, 1.0),
-        (6, 32, 1.0),
-        (12, 32, 1.0),
-        (12, 16, 1.0),
-        (12, 64, 1.0),
-        (12, 32, 0.25),
-        (12, 32, 0.5),
-    ]:
-        model, task = gpt2_small(layers), RandomTokens(4, length, 50257)
-        every = model.anatomy.heads()
-        some = every[:: round(1 / share)]
-        took = seconds(lambda: relevance(model, task, means="zero", sources=some, progress=False))  # noqa: B023
-        print(
-            f"| growth: {layers} layers, {length} tokens, {len(some)} heads, 4 prompts | {took:.2f} s | | | |",
-            flush=True,
-        )
+    """Seconds against sources, prompt length and layers (exact, 4 prompts); also drawn, to docs/img/cdt_growth.png."""
+    axes = {
+        "sources": [(12, 32, size) for size in (18, 36, 72, 144)],
+        "tokens": [(12, length, 144) for length in (8, 16, 32, 64)],
+        "layers": [(layers, 32, 12 * layers) for layers in (3, 6, 12, 24)],
+    }
+    curves: dict[str, dict[int, float]] = {}
+    for axis, settings in axes.items():
+        for setting in settings:
+            took = stored(f"growth {setting}", lambda: {"seconds": _grown(*setting)})["seconds"]  # noqa: B023
+            layers, length, size = setting
+            curves.setdefault(axis, {})[dict(layers=layers, tokens=length, sources=size)[axis]] = took
+            print(f"| {layers} layers, {length} tokens, {size} heads, 4 prompts | {took:.2f} s | | | |", flush=True)
+    _draw(curves)
+
+
+def _grown(layers: int, length: int, size: int) -> float:
+    model, task = gpt2_small(layers), RandomTokens(range(4), length, 50257)
+    every = model.anatomy.heads()
+    return seconds(lambda: relevance(model, task, means="zero", sources=every[:: len(every) // size], progress=False))
+
+
+def _draw(curves: dict[str, dict[int, float]]) -> None:
+    from plotly.subplots import make_subplots
+
+    titles = {"sources": "sources (12 layers, 32 tokens)", "tokens": "tokens (12 layers, 144 sources)",
+              "layers": "layers (32 tokens, all heads)"}  # fmt: skip
+    figure = make_subplots(1, 3, x_title=None, y_title="CPU seconds", horizontal_spacing=0.06)
+    for column, (axis, curve) in enumerate(curves.items(), 1):
+        x, y = list(curve), list(curve.values())
+        figure.add_scatter(x=x, y=y, mode="lines+markers", line_color="#1f5f8b", row=1, col=column)
+        power = 2 if axis == "layers" else 1
+        reference = [y[-1] * (value / x[-1]) ** power for value in x]
+        figure.add_scatter(x=x, y=reference, mode="lines", line=dict(color="#999", dash="dot"), row=1, col=column)
+        figure.update_xaxes(type="log", title_text=titles[axis], tickvals=x, row=1, col=column)
+        figure.update_yaxes(type="log", row=1, col=column)
+    figure.update_layout(
+        template="simple_white", showlegend=False, width=1000, height=320, margin=dict(t=15, b=10, r=10)
+    )
+    figure.write_image("docs/img/cdt_growth.png", scale=2)
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    if "--prompts" in sys.argv:
-        PROMPTS = int(sys.argv.pop(sys.argv.index("--prompts") + 1))
-        sys.argv.remove("--prompts")
-    print("| what | time | against | ratio | note |\n|---|--:|--:|--:|---|")
+    arguments = sys.argv[1:]
+    for option in ("--prompts", "--resume"):
+        if option in arguments:
+            at = arguments.index(option)
+            value = arguments[at + 1]
+            del arguments[at : at + 2]
+            PROMPTS, STORE = (int(value), STORE) if option == "--prompts" else (PROMPTS, Path(value))
+    parts = {f.__name__: f for f in (nodes, heads, screen, memory, long, growth)}
+    print("| what | time | against | ratio | bar |\n|---|--:|--:|--:|---|")
     with torch.no_grad():
-        for name in sys.argv[1:] or ["nodes", "heads", "memory", "growth"]:
-            {"nodes": nodes, "heads": heads, "memory": memory, "growth": growth}[name]()
+        for name in arguments or parts:
+            parts[name]()

@@ -1,21 +1,27 @@
-"""The judge's table: methods x models. Prints the markdown of docs/judge.md.
+"""The judge's table: methods x models. Prints the markdown of docs/judge.md, and with --write puts it there.
 
-    OMP_NUM_THREADS=1 python tests/benchmarks/judge_table.py [ioi|agreement|sort|pocket ...] [--n 40]
+    OMP_NUM_THREADS=1 python tests/benchmarks/judge_table.py [--write] [--n 64] [ioi agreement clauses sort pocket induction pointer]
 
-Needs ../shared/models and ../shared/data for all but the pocket model. Scores come from one half of the examples, curves from the
-other. The reference is the corrupted twin: resample ablation for the oracle, gradient and curves, its mean per position for CD-T.
+Needs ../shared/models and ../shared/data for all but the pocket and the hand-built models. Scores come from one half of the
+examples, curves from the other. The reference is the corrupted twin: resample ablation for the oracle, gradient and curves, its
+mean per position for CD-T. Brackets are 95 % bootstrap intervals over examples.
 """
 
 import json
 import random
+import re
 import sys
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
 
 sys.path[:0] = [".", "tests"]
 
-from circuits import (  # noqa: E402  # noqa: E402
+from micro_models import KNOWN, MicroTask, micro  # noqa: E402
+
+from circuits import (  # noqa: E402
     Circuit,
     HeadScores,
     PairedTask,
@@ -50,9 +56,9 @@ def ioi(n: int):
     return model, PairedTask.from_rows(rows, model, name="name copying"), known
 
 
-def agreement(n: int):
+def agreement(n: int, kind: str = "simple"):
     model = load(SHARED / "models/tinystories-3m")
-    lines = (SHARED / "data/sva/simple_train.json").read_text().splitlines()
+    lines = (SHARED / f"data/sva/{kind}_train.json").read_text().splitlines()
     rows = []
     for line in lines:
         item = json.loads(line)
@@ -64,7 +70,12 @@ def agreement(n: int):
             continue
         rows.append(dict(zip(("prompt", "corrupted", "answer", "distractor"), (*prompts, *words), strict=True)))
     random.Random(0).shuffle(rows)
-    return model, PairedTask.from_rows(rows[: 2 * n], model, name="subject-verb agreement"), None
+    return model, PairedTask.from_rows(rows[: 2 * n], model, name=f"subject-verb agreement ({kind})"), None
+
+
+def clauses(n: int):
+    """Agreement across a relative clause."""
+    return agreement(n, "within_rc")
 
 
 class Sorting(Task):
@@ -102,10 +113,34 @@ def pocket(n: int):
     from circuits.pocket import name_copying_task
 
     model = load("pocket")
-    return model, name_copying_task(model, 2 * n), None
+    task = name_copying_task(model, 2 * n)
+    return model, task, looking(model, task.encode(model))
 
 
-def methods(model, task) -> dict:
+@torch.no_grad()
+def looking(model, encoded: Encoded, share: float = 0.3) -> Circuit:
+    """Heads known by where they look, not by what they do: from the read-out, on average more than `share` of their attention
+    goes to the second mention of the repeated name, or to the answer and there more than to the first mention."""
+    model.hf.set_attn_implementation("eager")
+    patterns = torch.stack(model.hf(encoded.tokens, encoded.attention_mask, output_attentions=True).attentions)
+    patterns = patterns[:, torch.arange(len(encoded)), :, encoded.readout]  # example layer head key
+    names = encoded.columns[encoded.direction.argmax(1)], encoded.columns[encoded.direction.argmin(1)]
+    answer, repeated = ((encoded.tokens == name[:, None]).int() for name in names)
+    last = encoded.tokens.shape[1] - 1 - repeated.flip(1).argmax(1)
+    to = [patterns[torch.arange(len(encoded)), :, :, at].mean(0) for at in (last, answer.argmax(1), repeated.argmax(1))]
+    chosen = (to[0] > share) | ((to[1] > share) & (to[1] > to[2]))
+    return Circuit(chosen.nonzero().tolist(), model.anatomy.n_layers, model.anatomy.n_heads)
+
+
+def induction(n: int, name: str = "induction"):
+    return load(micro(name)), MicroTask(name, 2 * n), KNOWN[name]
+
+
+def pointer(n: int):
+    return induction(n, "pointer")
+
+
+def methods(model, task) -> dict[str, Callable[[], HeadScores]]:
     quiet = dict(progress=False)
     cdt = dict(means="corrupted", per_position=True, **quiet)
     noise = torch.randn(model.anatomy.n_layers, model.anatomy.n_heads, generator=torch.Generator().manual_seed(0))
@@ -117,51 +152,73 @@ def methods(model, task) -> dict:
         "CD-T paper": lambda: relevance(model, task, rules="paper", **cdt),
         "gradient": lambda: gradient(model, task, ablate="resample", **quiet),
         "integrated gradients": lambda: integrated_gradients(model, task, ablate="resample", steps=5, **quiet),
-        "learned gates": lambda: learned_gates(model, task, steps=100, means="corrupted", **quiet),
+        "learned gates": lambda: learned_gates(model, task, steps=500, **cdt),
         "random": lambda: HeadScores(noise, "random"),
     }
 
 
-def table(name: str, n: int) -> None:
-    model, task, known = {"ioi": ioi, "agreement": agreement, "sort": sort, "pocket": pocket}[name](n)
+TASKS = {f.__name__: f for f in (ioi, agreement, clauses, sort, pocket, induction, pointer)}
+
+
+def table(name: str, n: int) -> Iterator[str]:
+    model, task, known = TASKS[name](n)
     found, held = task.select(range(0, n)), task.select(range(n, len(task)))
     accuracy = evaluate(model, held).accuracy
-    print(
-        f"\n### {model.name}, {task.name}: {len(found)} examples to score, {len(held)} held out, accuracy {accuracy:.2f}\n"
-    )
+    layers, heads = model.anatomy.n_layers, model.anatomy.n_heads
+    title = model.name if name in ("ioi", "agreement", "clauses", "sort", "pocket") else "hand-built"
+    yield f"### {title} ({layers} x {heads} heads), {task.name}: {len(found)} + {len(held)} examples, accuracy {accuracy:.2f}\n"
+    if known is not None:
+        yield f"Known circuit, {len(known)} heads: {known}\n"
     oracle = ablation(model, found, ablate="resample", progress=False)
     runs = methods(model, found)
-    print(HEADER)
-    for verdict in compare_methods(model, held, runs, oracle, known, ablate="resample", progress=False):
-        print(verdict.row(), flush=True)
+    yield HEADER
+    options = dict(ablate="resample", clock=time.process_time, progress=False)
+    for verdict in compare_methods(model, held, runs, oracle, known, **options):
+        yield verdict.row()
     if known is not None:
-        one_shot(model, found, known)
+        yield from one_shot(model, found, known)
 
 
-def one_shot(model, task, known: Circuit) -> None:
-    """Which known heads the logits alone find, and which backward discovery adds, at the same number of heads."""
-    k = len(known)
-    size = 3 * k // 2
-    print(
-        f"\nKnown heads found:\n\n| rules | top {k} | top {size} | discovered ({size} heads, depth 2) | found by depth |"
-    )
-    print("|---|--:|--:|--:|---|")
+def one_shot(model, task, known: Circuit) -> Iterator[str]:
+    """How many known heads the logits alone find, and how many backward discovery finds with as many heads."""
+    k, half = len(known), max(1, len(known) // 2)
+    ways = {"eq. 6 at z": {}, "effect at z": {"score": "effect"}, "effect at q, k, v": {"through": ("q", "k", "v")}}
+    yield f"\nKnown heads among {k}: at the logits alone, and discovered in steps of {half}.\n"
+    yield f"| rules | the top {k} at the logits | {' | '.join(f'discovered, {way}' for way in ways)} |"
+    yield "|---|--:|" + "--:|" * len(ways)
     for rules in ("exact", "frozen", "paper"):
         options = dict(means="corrupted", per_position=True, rules=rules, progress=False)
-        scores = relevance(model, task, **options)
-        circuit = discover(model, task, depth=2, per_depth=k // 2, **options)
-        steps = [[h for h in step["heads"] if Circuit([h]) & known] for step in circuit.provenance["steps"]]
-        hits = [len(scores.top(size) & known) for size in (k, 3 * k // 2)]
-        print(
-            f"| {rules} | {hits[0]} | {hits[1]} | {len(circuit & known)} | {' / '.join(' '.join(s) or '-' for s in steps)} |",
-            flush=True,
-        )
+        cells = [str(len(relevance(model, task, **options).top(k) & known))]
+        for how in ways.values():
+            circuit = discover(model, task, depth=-(-k // half) - 1, per_depth=half, **how, **options)
+            missed = " ".join(str(head) for head in known if head not in circuit)
+            cells.append(f"{len(circuit & known)}" + (f" (not {missed})" if 0 < len(known - circuit) <= 2 else ""))
+        yield f"| {rules} | {' | '.join(cells)} |"
+
+
+def put(name: str, text: str) -> None:
+    """Into docs/judge.md, between this table's two marks."""
+    page = Path("docs/judge.md")
+    old = page.read_text()
+    new, count = re.subn(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", lambda m: m[1] + text + m[2], old, flags=re.S)
+    assert count == 1, f"no marks for {name} in {page}"
+    page.write_text(new)
 
 
 if __name__ == "__main__":
-    n = 40
-    if "--n" in sys.argv:
-        n = int(sys.argv.pop(sys.argv.index("--n") + 1))
-        sys.argv.remove("--n")
-    for name in sys.argv[1:] or ["ioi", "agreement", "sort", "pocket"]:
-        table(name, n)
+    torch.set_num_threads(1)
+    arguments, n, write = sys.argv[1:], 64, False
+    if "--n" in arguments:
+        at = arguments.index("--n")
+        n = int(arguments[at + 1])
+        del arguments[at : at + 2]
+    if "--write" in arguments:
+        write = True
+        arguments.remove("--write")
+    for name in arguments or list(TASKS):
+        lines = []
+        for line in table(name, n):
+            print(line, flush=True)
+            lines.append(line)
+        if write:
+            put(name, "\n".join(lines) + "\n")
