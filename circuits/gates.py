@@ -66,7 +66,14 @@ def learned_gates(
         task=task.name,
         data=task.fingerprint,
         seed=seed,
-        options={"steps": steps, "lr": lr, "sparsity": sparsity, "means": means, "per_position": per_position, "units": "gate"},
+        options={
+            "steps": steps,
+            "lr": lr,
+            "sparsity": sparsity,
+            "means": means,
+            "per_position": per_position,
+            "units": "gate",
+        },
     )
 
 

@@ -70,7 +70,9 @@ def test_examples_are_resampled_together_with_the_oracles():
     """The same noise in method and oracle cancels; drawn apart it would not."""
     noise = torch.randn(30, 3, 4, generator=torch.Generator().manual_seed(1))
     same = HeadScores.from_examples(noise, "method")
-    assert _resampled(same, HeadScores.from_examples(noise, "oracle"), None, 2, 50, 0)["pearson"] == pytest.approx((1, 1))
+    assert _resampled(same, HeadScores.from_examples(noise, "oracle"), None, 2, 50, 0)["pearson"] == pytest.approx(
+        (1, 1)
+    )
 
 
 def test_area_intervals_come_from_the_held_out_margins():
