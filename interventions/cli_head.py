@@ -32,14 +32,17 @@ def save_head(model: "Model", task: "Task", scores: "HeadScores", circuit: "Circ
     found = ablation(model, task, ablate=ablate, heads=[head], reference=reference, progress=False)
     assert found.examples is not None
     effects, margins = found.examples[:, head.layer, head.head].tolist(), evaluate(model, task).margin.tolist()
-    lengths = task.encode(model).attention_mask.sum(1).tolist()
+    encoded = task.encode(model)
+    answers, lengths = [_answer(model, encoded, i) for i in range(len(task))], encoded.attention_mask.sum(1).tolist()
     chosen = [i for i in range(len(task)) if lengths[i] <= LONGEST][:COUNTED]
     chosen.sort(key=lambda i: -effects[i])
     examples = _examples(model, task.select(chosen), head, reference, ablate) if chosen else []
     for index, example in zip(chosen, examples, strict=True):
         example |= {"margin": margins[index], "without": margins[index] - effects[index]}
     about = {"head": str(head), "model": model.name, "task": task.name, "ablate": ablate}
-    write_json(out / "head.json", about | {"margins": margins, "effects": effects, "examples": examples})
+    write_json(
+        out / "head.json", about | {"margins": margins, "effects": effects, "answers": answers, "examples": examples}
+    )
 
 
 def _examples(model: "Model", task: "Task", head: Any, reference: Any, ablate: str) -> list[dict[str, Any]]:
@@ -104,8 +107,19 @@ def _lost(saved: dict[str, Any]) -> str:
     return (
         f"{saved['head']} has the highest score of the circuit. With what it writes replaced by {instead}, the margin goes "
         f"from {before:+.2f} to {after:+.2f} on average ({(after - before) / abs(before):+.0%}). It falls in {falls} of {n} "
-        f"examples, and in {lost} it is no longer above zero."
+        f"examples, and in {lost} it is no longer above zero.{_by_answer(saved)}"
     )
+
+
+def _by_answer(saved: dict[str, Any]) -> str:
+    """The mean effect per right answer, where a few answers are shared by the examples."""
+    groups: dict[str, list[float]] = {}
+    for answer, effect in zip(saved["answers"], saved["effects"], strict=True):
+        groups.setdefault(answer, []).append(effect)
+    if not 1 < len(groups) <= 6 or len(groups) == len(saved["answers"]):
+        return ""
+    means = sorted(((sum(each) / len(each), answer) for answer, each in groups.items()), reverse=True)
+    return " What is lost, by right answer: " + ", ".join(f"{answer} {mean:+.2f}" for mean, answer in means) + "."
 
 
 def _place(saved: dict[str, Any]) -> str:

@@ -57,10 +57,27 @@ def write_report(folder: Path, path: Path, title: str | None = None) -> Path:
         path,
         sections,
         title=title,
-        summary="Find the attention heads that do a task, change only those.",
+        summary=_in_short(folder) or "Find the attention heads that do a task, change only those.",
         provenance={**options, **run.get("versions", {})},
         command=run.get("command"),
     )
+
+
+def _in_short(folder: Path) -> str:
+    """The result in one sentence."""
+    from circuits import Circuit, FaithfulnessCurve
+
+    if not (folder / "circuit_faithfulness.json").is_file() or not (folder / "circuit.json").is_file():
+        return ""
+    point, circuit = FaithfulnessCurve.load(folder / "circuit_faithfulness"), Circuit.load(folder / "circuit.json")
+    row = point.rows()[0]
+    size = f" of {circuit.n_layers * circuit.n_heads}" if circuit.n_layers and circuit.n_heads else ""
+    text = (
+        f"In short: {len(circuit)}{size} heads keep {row['faithfulness']:.2f} ({row['low']:.2f} to {row['high']:.2f}) "
+    )
+    text += f"of what all heads do for {point.meta.get('task') or 'the task'} (0: no heads, 1: all of them)"
+    random = row.get("random")
+    return text + ("." if random is None else f"; as many random heads of the same layers keep {random:.2f}.")
 
 
 def _discovery(folder: Path) -> dict[str, Any]:
@@ -140,7 +157,7 @@ def _moving(stem: Path) -> list[dict[str, Any]]:
 
     tensors, saved = load_tensors(stem)
     rows, norms, values = [], 0, 0
-    for name, slices in tensors.items():
+    for name, slices in sorted(tensors.items(), key=lambda item: _by_layer(item[0])):
         shape = saved["shapes"][name]
         moving = sum((stop - start) * math.prod(shape) // shape[dim] for dim, start, stop in slices.tolist())
         if len(shape) == 1 and "norm" in name.lower():
@@ -150,6 +167,11 @@ def _moving(stem: Path) -> list[dict[str, Any]]:
         rows.append(row | {"share": f"{moving / math.prod(shape):.0%}"})
     last = {"parameter": f"{norms} norm vectors", "shape": "", "values that may move": values, "share": "100%"}
     return [*rows, last] if norms else rows
+
+
+def _by_layer(name: str) -> list[tuple[bool, int, str]]:
+    """Parameter names in the model's order: layer 2 before layer 10, the parts of a layer by name."""
+    return [(not part.isdigit(), int(part) if part.isdigit() else 0, part) for part in name.split(".")]
 
 
 def _tuning(folder: Path) -> dict[str, Any]:
@@ -164,5 +186,9 @@ def _tuning(folder: Path) -> dict[str, Any]:
     proof = [f"{arm}: {result['proof']}." for arm, result in results.items() if result.get("proof")]
     items: list[Any] = [arm_rows(results) or "No --eval file was given.", *proof]
     if any(result["after"] for result in results.values()):
-        items.insert(0, viz.training(results))
+        items[:0] = [
+            "Each arrow runs from before tuning to after it: up is gained on the target, left is lost on what was to be "
+            "kept. The arm circuit moved only the mask; the others are its controls. Where whiskers overlap, arms do not differ.",
+            viz.training(results),
+        ]
     return {"Tuning": items}

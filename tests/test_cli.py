@@ -53,6 +53,13 @@ def test_discover_then_tune_then_report(rows, tmp_path, monkeypatch, capsys):
         "report.html",
     } <= files
 
+    point, page = result["circuit_faithfulness"], (found / "report.html").read_text()
+    assert (
+        f"In short: 4 of 32 heads keep {point['faithfulness']:.2f} ({point['low']:.2f} to {point['high']:.2f})" in page
+    )
+    assert f"as many random heads of the same layers keep {point['random']:.2f}." in page
+    assert f"One head: {result['heads'][0]['head']}" in page
+
     tuned = tmp_path / "tuned"
     evals = ["--eval", f"english={rows / 'english-test.csv'}"]
     tuning = ["--epochs", 1, "--lr", 1e-3, "--n", 20, "--arms", "circuit,random"]

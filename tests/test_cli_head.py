@@ -40,6 +40,8 @@ def test_what_is_lost_is_what_the_model_loses(run):
     assert f"from {before.mean():+.2f} to {after.mean():+.2f} on average" in items[0]
     assert f"({(after.mean() - before.mean()) / before.mean():+.0%})" in items[0]
     assert f"falls in {int((after < before).sum())} of 12" in items[0]
+    lost = (before - after)[torch.tensor([label == "bad" for label in task.labels])].mean()
+    assert f"bad {lost:+.2f}" in items[0].split("by right answer: ")[1]
     assert f"in {int(((before > 0) & (after <= 0)).sum())} it is no longer above zero" in items[0]
 
 

@@ -154,12 +154,15 @@ def _nodes(heads: list[Head], scores: HeadScores, places: dict) -> go.Scatter:
 
 
 def _sides(heads: list[Head], places: dict) -> list[str]:
-    """Names stand above their heads; below where the next head stands close by and higher."""
-    near = [
-        any(0 < places[h][1] - places[head][1] < 1 and abs(places[h][0] - places[head][0]) < 1 for h in heads)
-        for head in heads
-    ]
-    return ["bottom center" if lower else "top center" for lower in near] + ["top center"]
+    """Names stand above their heads; below in the lowest row, whose edges all go up, and where the next head stands higher."""
+
+    def crowded(head: Head) -> bool:
+        x, y = places[head]
+        return any(0 < places[h][1] - y < 1 and abs(places[h][0] - x) < 1 for h in heads)
+
+    lowest = min(places[head][1] for head in heads)
+    below = [places[head][1] == lowest or crowded(head) for head in heads]
+    return ["bottom center" if under else "top center" for under in below] + ["top center"]
 
 
 def _axes(figure: go.Figure, scores: HeadScores, tokens: Sequence[str] | None) -> None:
@@ -171,7 +174,7 @@ def _axes(figure: go.Figure, scores: HeadScores, tokens: Sequence[str] | None) -
         figure.update_xaxes(title="token", range=[-0.6, len(labels) - 0.2])
     ticks = [*range(scores.n_layers), scores.n_layers]
     figure.update_yaxes(title="layer", tickvals=ticks, ticktext=[*map(str, ticks[:-1]), "answer"], showgrid=True)
-    figure.update_yaxes(range=[-0.5 if tokens is None else -0.9, scores.n_layers + 0.6])
+    figure.update_yaxes(range=[-0.9, scores.n_layers + 0.6])
 
 
 def _slider(figure: go.Figure) -> None:

@@ -27,8 +27,10 @@ p { max-width: 75ch; } p.soft, caption, footer { color: var(--soft); }
 nav a { margin-right: 1.1em; color: inherit; }
 .card { background: var(--card); border: 1px solid var(--line); border-radius: 8px; padding: 8px 12px; margin: 12px 0;
   overflow-x: auto; }
-table { border-collapse: collapse; font-size: .92rem; font-variant-numeric: tabular-nums; }
+.plot { min-width: 760px; }
+table { border-collapse: collapse; width: max-content; font-size: .92rem; font-variant-numeric: tabular-nums; }
 th, td { text-align: left; padding: .32em 1.1em .32em 0; border-bottom: 1px solid var(--line); vertical-align: top; }
+td { max-width: 52ch; }
 td.number, th.number { text-align: right; }
 pre { white-space: pre-wrap; overflow-wrap: anywhere; margin: .4em 0; font-size: .86rem; }
 """
@@ -147,7 +149,7 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
 def _cell(value: Any) -> str:
     if value is None:
         return ""
-    return f"{value:.3f}" if isinstance(value, float) else str(value)
+    return f"{value:.3f}" if isinstance(value, float) else f"{value:,}" if type(value) is int else str(value)
 
 
 def _footer(provenance: Mapping[str, Any], command: str | None) -> str:
