@@ -16,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from .fewshot import EncodedPrompts, FewShotTask, encode_prompts
-from .files import load_tensors, save_tensors
+from .files import fingerprint, load_tensors, save_tensors
 from .hooks import record
 from .prefix import forward
 from .progress import track
@@ -46,6 +46,7 @@ class TaskEmbedding:
     variance: Float[Tensor, "layer head d_head"] = field(repr=False)
     model: str = ""
     revision: str | None = None
+    weights: str = ""
     task: str = ""
     template: str = ""
     data: str = ""
@@ -106,6 +107,7 @@ def task_embedding(
         variance=variance,
         model=model.name,
         revision=model.revision,
+        weights=weights_of(model),
         task=task.name,
         template=task.template,
         data=task.fingerprint,
@@ -140,6 +142,14 @@ def check_causal(model: Any) -> None:
         )
 
 
+def weights_of(model: Any) -> str:
+    """A model's float type and a fingerprint of 4,096 of its token embeddings' values: two models of one name and size differ
+    in it, a model with adapters or tuned heads has that of its base."""
+    table = model.base.get_input_embeddings().weight.detach().flatten()
+    sample = table[:: max(1, len(table) // 4096)][:4096].float()
+    return f"{table.dtype}:{fingerprint(sample.cpu().numpy().tobytes().hex())}"
+
+
 def check_embedding(model: Any, embedding: "TaskEmbedding | Tensor") -> Float[Tensor, "layer head d_head"]:
     """t on the model's device in float32, after checking that it can belong to this model."""
     mean = embedding if isinstance(embedding, Tensor) else embedding.mean
@@ -155,5 +165,11 @@ def check_embedding(model: Any, embedding: "TaskEmbedding | Tensor") -> Float[Te
         raise ValueError(
             f"the task embedding was measured on {measured_on!r} and this model is {model.name!r}; "
             "run task_embedding on this one"
+        )
+    weights = "" if isinstance(embedding, Tensor) else embedding.weights
+    same_type = weights.split(":")[0] == str(model.dtype)
+    if weights and same_type and weights != weights_of(model):
+        raise ValueError(
+            f"the task embedding was measured on a model named {model.name!r} with other weights; run task_embedding on this one"
         )
     return mean.detach().float().to(model.device)

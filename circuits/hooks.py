@@ -14,6 +14,7 @@ This is the only file that knows hook names.
 
 import contextlib
 import difflib
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -57,13 +58,20 @@ def record(model: "Model", site: str, layers: Sequence[int] | None = None, detac
 
 
 @contextlib.contextmanager
-def rewrite(model: "Model", site: str, edit: Edit, layers: Sequence[int] | None = None) -> Iterator[None]:
+def rewrite(
+    model: "Model",
+    site: str,
+    edit: Edit,
+    layers: Sequence[int] | None = None,
+    when: Callable[[], bool] | None = None,
+) -> Iterator[None]:
     """While the block runs, `edit(activation, layer)` replaces the activation at `site`. Changes the model's computation, not its weights.
 
+    `when` is asked at every call of the site; where it says no, nothing is done, at next to no cost (decoding steps, for instance).
     Raises ValueError for a site or layer that does not exist, and for sites where TransformerLens ignores edits (BERT patterns).
     """
     if site not in SITES:
-        with _lens_hook(model, site, edit):
+        with _lens_hook(model, site, edit if when is None else lambda x, layer: edit(x, layer) if when() else x):
             yield
         return
     chosen = range(model.anatomy.n_layers) if layers is None else layers
@@ -72,24 +80,29 @@ def rewrite(model: "Model", site: str, edit: Edit, layers: Sequence[int] | None 
             raise ValueError(f"layer {layer} does not exist; this model has layers 0-{model.anatomy.n_layers - 1}")
     with contextlib.ExitStack() as stack:
         for layer in chosen:
-            stack.callback(_attach(model, site, edit, layer).remove)
+            stack.callback(_attach(model, site, edit, layer, when or _always).remove)
         yield
 
 
-def _attach(model: "Model", site: str, edit: Edit, layer: int) -> Any:
+def _always() -> bool:
+    return True
+
+
+def _attach(model: "Model", site: str, edit: Edit, layer: int, when: Callable[[], bool]) -> Any:
     anatomy, hf = model.anatomy, model.hf
 
     def heads(flat: Tensor) -> Tensor:
         return edit(anatomy.split_heads(flat), layer).flatten(-2)
 
     if site == "z":
-        return _before(anatomy.module(hf, layer, "o"), heads)
+        return _before(anatomy.module(hf, layer, "o"), heads, when)
     if site in ("q", "k", "v"):
-        return _after(anatomy.module(hf, layer, site), lambda flat: _edit_projection(model, site, edit, layer, flat))
+        change = functools.partial(_edit_projection, model, site, edit, layer)
+        return _after(anatomy.module(hf, layer, site), change, when)
     if site == "resid_pre":
-        return _before(anatomy.module(hf, layer, "block"), lambda x: edit(x, layer))
+        return _before(anatomy.module(hf, layer, "block"), lambda x: edit(x, layer), when)
     parts: dict[str, Part] = {"attn_out": "o", "mlp_out": "mlp", "resid_post": "block"}
-    return _after(anatomy.module(hf, layer, parts[site]), lambda x: edit(x, layer))
+    return _after(anatomy.module(hf, layer, parts[site]), lambda x: edit(x, layer), when)
 
 
 def _edit_projection(model: "Model", site: Literal["q", "k", "v"], edit: Edit, layer: int, flat: Tensor) -> Tensor:
@@ -104,8 +117,10 @@ def _edit_projection(model: "Model", site: Literal["q", "k", "v"], edit: Edit, l
     return flat if new is old else flat.index_copy(-1, index, new.flatten(-2).to(flat.dtype))
 
 
-def _before(module: nn.Module, change: Callable[[Tensor], Tensor]) -> Any:
-    def hook(_: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+def _before(module: nn.Module, change: Callable[[Tensor], Tensor], when: Callable[[], bool]) -> Any:
+    def hook(_: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+        if not when():
+            return None
         if args:
             return (change(args[0]), *args[1:]), kwargs
         return args, {**kwargs, "hidden_states": change(kwargs["hidden_states"])}
@@ -113,8 +128,10 @@ def _before(module: nn.Module, change: Callable[[Tensor], Tensor]) -> Any:
     return module.register_forward_pre_hook(hook, with_kwargs=True)
 
 
-def _after(module: nn.Module, change: Callable[[Tensor], Tensor]) -> Any:
+def _after(module: nn.Module, change: Callable[[Tensor], Tensor], when: Callable[[], bool]) -> Any:
     def hook(_: nn.Module, __: Any, output: Any) -> Any:
+        if not when():
+            return None
         return (change(output[0]), *output[1:]) if isinstance(output, tuple) else change(output)
 
     return module.register_forward_hook(hook)

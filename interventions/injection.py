@@ -50,7 +50,7 @@ def inject(
         def edit(z: Tensor, layer: int) -> Tensor:
             return end.replace(z, lambda last: mix(last, mean[layer], alpha[layer]))
 
-        with rewrite(model, "z", edit, layers=layers):
+        with rewrite(model, "z", edit, layers=layers, when=end.is_here):
             yield end
 
 

@@ -32,6 +32,15 @@ def last_positions(attention_mask: Tensor | None, rows: int, width: int, device:
     return mask.shape[1] - 1 - mask.int().flip(1).argmax(1)
 
 
+def where(index: Int[Tensor, " row"]) -> tuple[slice | Tensor, int | Tensor]:
+    """What selects those positions of [row, position, ...]; a plain column where all rows agree, which costs least."""
+    column = int(index[0])
+    if column >= 0 and bool((index == column).all()):
+        return slice(None), column
+    rows = (index >= 0).nonzero().flatten()
+    return rows, index[rows]
+
+
 class PromptEnd:
     """`index` is, during a forward, each row's position of the last prompt token in it (-1: not in this chunk), or None."""
 
@@ -39,6 +48,7 @@ class PromptEnd:
         self.index: Int[Tensor, " row"] | None = None
         self.armed = False
         self.edits = 0
+        self._where: tuple[slice | Tensor, int | Tensor] = (slice(None), -1)
         self._fixed: Tensor | None = None
         self._until = -1
         self._generating = False
@@ -47,14 +57,16 @@ class PromptEnd:
         """Make the next forward a new prompt, even if it continues a KV cache."""
         self.armed = True
 
+    def is_here(self) -> bool:
+        """Whether the running forward holds the last prompt token of any row."""
+        return self.index is not None
+
     def replace(self, states: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:
         """`states` [row, position, ...] with `change` applied to each row's last prompt token, out of place."""
         if self.index is None:
             return states
-        rows = (self.index >= 0).nonzero().flatten()
-        at = self.index[rows]
         edited = states.clone()
-        edited[rows, at] = change(states[rows, at]).to(states.dtype)
+        edited[self._where] = change(states[self._where]).to(states.dtype)
         return edited
 
     def before_forward(self, args: tuple, kwargs: dict[str, Any]) -> None:
@@ -71,7 +83,9 @@ class PromptEnd:
             mask = mask[:, -width:] if mask is not None and mask.dim() == 2 else mask
             self.index = last_positions(mask, rows, width, tokens.device)
         self.armed = False
-        self.edits += self.index is not None
+        if self.index is not None:
+            self.edits += 1
+            self._where = where(self.index)
 
     def _locate(self, rows: int, width: int, past: int, kwargs: dict[str, Any], device: torch.device) -> None:
         if self._fixed is None:  # no mask was given to generate: the first forward carries the one it inferred

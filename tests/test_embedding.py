@@ -1,9 +1,11 @@
+import copy
+
 import pytest
 import torch
 from fewshot_toys import character_tokenizer, first_letters, loaded
 
 from circuits import load, record, task_embedding
-from circuits.embedding import TaskEmbedding, mean_and_variance
+from circuits.embedding import TaskEmbedding, mean_and_variance, weights_of
 
 from models import CAUSAL, ENCODERS, tiny
 
@@ -65,6 +67,23 @@ def test_an_embedding_of_another_model_is_refused(tmp_path):
         TaskEmbedding.load(stem, loaded("qwen3"))
     with pytest.raises(ValueError, match="was measured on 'LlamaForCausalLM' and this model is 'GPT2LMHeadModel'"):
         TaskEmbedding.load(stem, loaded("gpt2"))
+
+
+def test_an_embedding_of_other_weights_is_refused_though_name_and_size_agree(tmp_path):
+    model = loaded("llama")
+    other = load(copy.deepcopy(model.hf), model.tokenizer)
+    stem = embed(model).save(tmp_path / "t")
+    assert TaskEmbedding.load(stem, other).weights == weights_of(model)
+    with torch.no_grad():
+        other.hf.model.layers[0].self_attn.o_proj.weight.mul_(2)  # tuned heads: still the same base
+    TaskEmbedding.load(stem, other)
+    with torch.no_grad():
+        other.hf.get_input_embeddings().weight.normal_(generator=torch.Generator().manual_seed(9))
+    with pytest.raises(ValueError, match="a model named 'LlamaForCausalLM' with other weights; run task_embedding"):
+        TaskEmbedding.load(stem, other)
+    TaskEmbedding.load(
+        stem, load(other.hf.to(torch.bfloat16), model.tokenizer)
+    )  # another float type cannot be compared
 
 
 @pytest.mark.parametrize("family", ENCODERS)

@@ -34,6 +34,25 @@ def test_every_site_records_what_the_lens_records_or_changes_the_output(family, 
         torch.testing.assert_close(cache[1], through_lens[1].reshape(cache[1].shape), atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("site", (*SITES, "blocks.1.attn.hook_z"))
+def test_an_edit_acts_only_when_it_is_asked_to(site):
+    model, calls, on = shared_tiny("llama"), [], [False]
+    run = model.lens if "hook" in site else model
+
+    def edit(x, layer):
+        calls.append(layer)
+        return x.roll(1, -1)
+
+    with torch.no_grad():
+        plain = run(TOKENS)
+        with rewrite(model, site, edit, when=lambda: on[0]):
+            same = run(TOKENS)
+            assert calls == [] and torch.equal(same, plain)
+            on[0] = True
+            changed = run(TOKENS)
+    assert calls and (changed - plain).abs().max() > 1e-4
+
+
 @pytest.mark.parametrize("family", ("gpt2", "llama", "neox", "bert"))
 def test_hooks_are_gone_after_an_exception(family):
     model = shared_tiny(family)

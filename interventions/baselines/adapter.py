@@ -33,8 +33,13 @@ class Adapter:
 @contextlib.contextmanager
 def residual_edit(model: Any, layer: int, change: Change) -> Iterator[None]:
     """`change` the output of one block at the last prompt token, once."""
-    with prompt_end(model) as end, rewrite(model, "resid_post", lambda x, _: end.replace(x, change), layers=[layer]):
-        yield
+    with prompt_end(model) as end:
+
+        def edit(x: Tensor, _: int) -> Tensor:
+            return end.replace(x, change)
+
+        with rewrite(model, "resid_post", edit, layers=[layer], when=end.is_here):
+            yield
 
 
 @torch.no_grad()

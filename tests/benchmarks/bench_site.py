@@ -4,6 +4,7 @@ validation loss. Inference: generation with the injection against the same zero-
     python tests/benchmarks/bench_site.py [model] [task]      (default: pocket, fruit_of_3)
 """
 
+import contextlib
 import statistics
 import sys
 import time
@@ -20,7 +21,7 @@ from circuits.prefix import frozen, mix
 from interventions import inject
 
 SEEDS = (0, 1)
-REPEATS = 31
+REPEATS = 200
 
 
 def plain_loop(model, train, held, embedding, steps=400, lr=0.2, validate_every=50, seed=0):
@@ -87,19 +88,35 @@ def fits(model, train, held, embedding):
 
 
 def inference(model, task, embedding, selection):
-    """Medians over interleaved repeats of one generate call: zero-shot, injected, and 10-shot prompts."""
+    """CPU seconds of one generate call, interleaved in alternating order: zero-shot, injected; 10-shot prompts now and then."""
     queries = [task.query(source) for source, _ in task.pairs[:16]]
     shots = [prompt.text for prompt in task.prompts(10, 16, seed=0)]
-    options = dict(max_new_tokens=10, min_new_tokens=10)
+
+    def generated(texts, context):
+        with context:
+            return timed(lambda: model.generate(texts, max_new_tokens=10, min_new_tokens=10))[1]
+
+    ways = {
+        "zero-shot": lambda: generated(queries, contextlib.nullcontext()),
+        "injected": lambda: generated(queries, inject(model, embedding, selection)),
+    }
     times = {"zero-shot": [], "injected": [], "10-shot": []}
-    model.generate(queries, **options)
-    for _ in range(REPEATS):
-        times["zero-shot"].append(timed(lambda: model.generate(queries, **options))[1])
-        with inject(model, embedding, selection):
-            times["injected"].append(timed(lambda: model.generate(queries, **options))[1])
-        times["10-shot"].append(timed(lambda: model.generate(shots, **options))[1])
-    ratios = [b / a for a, b in zip(times["zero-shot"], times["injected"], strict=True)]
-    return {name: statistics.median(values) for name, values in times.items()}, statistics.median(ratios)
+    for repeat in range(-5, REPEATS):  # the first few warm up
+        for label in sorted(ways, reverse=repeat % 2 == 0):
+            spent = ways[label]()
+            if repeat >= 0:
+                times[label].append(spent)
+        if repeat >= 0 and repeat % 10 == 0:
+            times["10-shot"].append(generated(shots, contextlib.nullcontext()))
+    ratios = torch.tensor([b / a for a, b in zip(times["zero-shot"], times["injected"], strict=True)])
+    return {name: statistics.median(values) for name, values in times.items()}, median_interval(ratios)
+
+
+def median_interval(values, resamples=2000):
+    """Median and its 95 % bootstrap interval."""
+    draws = torch.randint(len(values), (resamples, len(values)), generator=torch.Generator().manual_seed(0))
+    medians = values[draws].median(1).values.sort().values
+    return values.median().item(), medians[int(0.025 * resamples)].item(), medians[int(0.975 * resamples)].item()
 
 
 def main() -> None:
@@ -119,11 +136,11 @@ def main() -> None:
         print(
             f"| {label} | {statistics.mean(losses):.4f} [{low:.4f}, {high:.4f}] | {spent:.2f} | {base / spent:.1f}x |"
         )
-    times, ratio = inference(model, task, embedding, select_heads(model, train, embedding, steps=20, progress=False))
+    times, ratios = inference(model, task, embedding, select_heads(model, train, embedding, steps=20, progress=False))
     print(f"\n| 16 prompts, 10 new tokens, median of {REPEATS} | CPU ms |\n|---|---|")
     for label, value in times.items():
         print(f"| {label} | {1000 * value:.1f} |")
-    print(f"\ninjected / zero-shot, median of paired ratios: {ratio:.3f}")
+    print("\ninjected / zero-shot, median of paired ratios: {:.4f} [{:.4f}, {:.4f}]".format(*ratios))
 
 
 if __name__ == "__main__":
