@@ -2,14 +2,14 @@
 
 1. `--source DIR` and `--data DIR` (the target) hold train, valid and test files with one name ending (.csv, .tsv, .jsonl, .json).
 2. Competence, discovery and every arm of `arms.py` run per seed; finished runs are lines of `OUT/results.jsonl`.
-3. The table chooses on validation; `OUT/comparison.md` has it and the trade-off at every learning rate.
+3. The table chooses on validation; `OUT/comparison.md` has it and the trade-off at every learning rate, `comparison.html` draws it.
 """
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .cli_inputs import load_model, read_task
+from .cli_inputs import command_line, load_model, read_task
 
 
 def run_comparison(
@@ -31,7 +31,7 @@ def run_comparison(
 
     from .arms import ARMS
     from .experiment import Experiment, compare
-    from .tradeoff import summarise, table, trade_off
+    from .tradeoff import arrows, summarise, table, trade_off
 
     loaded = load_model(model)
     sources, targets = (splits(folder, loaded, options) for folder in (source, target))
@@ -48,6 +48,13 @@ def run_comparison(
     parts = [heading, table(summarise(lines, name, size, reference), reference), trade_off(lines, name, size)]
     text = "\n\n".join(parts) + "\n"
     write_atomically(out / "comparison.md", text)
+    drawn = arrows(lines, name, size)
+    if drawn:
+        from viz import report, training
+
+        figure = training(drawn, name, "source", title=f"Gained on {name}, kept on {source.name}")
+        shown = {"Arms": [figure, "Means over seeds; rate, depth and epoch chosen on validation."]}
+        report(out / "comparison.html", shown, title=heading.removeprefix("# "), command=command_line())
     return text
 
 

@@ -165,6 +165,28 @@ def trade_off(lines: Lines, target: str, n: int) -> str:
     return "\n".join([head, *rows])
 
 
+def arrows(lines: Lines, target: str, n: int) -> dict[str, dict[str, dict[str, dict[str, float | int]]]]:
+    """What `viz.training` draws: each arm's chosen runs, before and after, as means over seeds."""
+    chosen = choose(lines, target, n)
+    start = chosen["untuned"]
+
+    def means(by_seed: dict[int, dict[str, Any]]) -> dict[str, dict[str, float | int]]:
+        tests = [line["tests"] for line in by_seed.values()]
+        return {
+            name: {
+                "accuracy": float(np.mean([test[name]["accuracy"] for test in tests])),
+                "n": sum(len(test[name]["right"]) for test in tests),
+            }
+            for name in tests[0]
+        }
+
+    return {
+        arm: {"before": means({seed: start[seed] for seed in by_seed}), "after": means(by_seed)}
+        for arm, by_seed in chosen.items()
+        if arm != "untuned" and "source" in next(iter(by_seed.values()))["tests"]
+    }
+
+
 def agreement(circuits: Sequence[Any]) -> float:
     """Mean Jaccard index of the head sets of all pairs of seeds."""
     pairs = [(a, b) for i, a in enumerate(circuits) for b in circuits[i + 1 :]]

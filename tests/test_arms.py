@@ -12,7 +12,7 @@ from interventions.arms import ARMS, tfidf, tune_arm
 from interventions.avoiding import costs, disturbance
 from interventions.experiment import Bench, Experiment, Splits, at_depth, compare, restore, snapshot
 from interventions.masks import HeadMask
-from interventions.tradeoff import agreement, bootstrap, choose, points, summarise, table, trade_off
+from interventions.tradeoff import agreement, arrows, bootstrap, choose, points, summarise, table, trade_off
 
 from models import tiny
 
@@ -168,6 +168,17 @@ def test_the_front_has_the_settings_that_none_beats_on_both():
     ]  # fmt: skip
     lines.append(line("full", 1, 0.9, "1111"))  # only one setting has finished the second seed
     assert [(p.arm, p.seeds, p.reached) for p in points(lines, "t", 4)] == [("full", 2, 0.75)]
+
+
+def test_arrows_run_from_the_untuned_model_to_the_chosen_runs():
+    lines = [line("untuned", seed, 0.1, "1000", kept="1111") | {"n": 0} for seed in (0, 1)]
+    lines += [line("full", seed, 0.9, right, kept="1110") for seed, right in ((0, "1111"), (1, "1100"))]
+    lines += [line("full", 0, 0.2, "0000", lr=1e-2, kept="0000")]  # validation did not choose it
+    lines += [{**line("tfidf", 0, 0.9, "1111"), "tests": {"t": {"accuracy": 1.0, "right": "1111"}}}]
+    drawn = arrows(lines, "t", 4)
+    assert list(drawn) == ["full"]
+    assert drawn["full"]["before"] == {"t": {"accuracy": 0.25, "n": 8}, "source": {"accuracy": 1.0, "n": 8}}
+    assert drawn["full"]["after"] == {"t": {"accuracy": 0.75, "n": 8}, "source": {"accuracy": 0.75, "n": 8}}
 
 
 def test_intervals_are_paired():

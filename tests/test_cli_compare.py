@@ -33,6 +33,8 @@ def test_writes_a_table_and_resumes(folders):
     text = run_comparison(str(folders / "model"), folders / "one", folders / "two", out, OPTIONS, **how)
     assert text.startswith("# two: 8 examples, 1 seeds, source one") and "| tfidf |" in text and "again" in text
     assert (out / "comparison.md").read_text() == text
+    page = (out / "comparison.html").read_text()
+    assert "Gained on two, kept on one" in page and "plot-0" in page
     stamp = (out / "results.jsonl").read_text()
     assert run_comparison(str(folders / "model"), folders / "one", folders / "two", out, OPTIONS, **how) == text
     assert (out / "results.jsonl").read_text() == stamp

@@ -6,13 +6,16 @@ python tests/benchmarks/compare_nusax.py --model pocket --source english --targe
 
 import argparse
 import warnings
+from itertools import product
 from pathlib import Path
+from typing import Any
 
 from circuits import LabelledTask, pocket
+from circuits.files import write_json
 from circuits.heads import Circuit
 from interventions.arms import ARMS
 from interventions.experiment import Experiment, Splits, compare, read_lines
-from interventions.tradeoff import agreement, summarise, table, trade_off
+from interventions.tradeoff import agreement, points, summarise, table, trade_off
 
 WORDS = {"positive": " baik", "negative": " buruk", "neutral": " biasa"}
 
@@ -32,6 +35,7 @@ def options() -> argparse.Namespace:
     parser.add_argument("--depths", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--per-depth", type=int, default=2)
     parser.add_argument("--table-only", action="store_true")
+    parser.add_argument("--json", type=Path, help="also write the tables there")
     return parser.parse_args()
 
 
@@ -68,13 +72,16 @@ def main() -> None:
         source_epochs=0 if is_pocket else 4,
     )  # fmt: skip
     lines = read_lines(experiment.directory / "results.jsonl") if given.table_only else compare(experiment)
-    for target in given.targets:
-        for n in given.sizes:
-            print(
-                f"\n### {target}, {n} examples\n\n{table(summarise(lines, target, n))}\n\n{trade_off(lines, target, n)}"
-            )
-    circuits = [Circuit.load(path) for path in sorted(experiment.directory.glob("seed-*/circuit.json"))]
-    print(f"\nHead-set Jaccard index over {len(circuits)} seeds: {agreement(circuits):.2f}")
+    circuits = {path.parent.name: Circuit.load(path) for path in sorted(experiment.directory.glob("seed-*/circuit.json"))}
+    found: dict[str, Any] = {"circuits": {seed: str(circuit) for seed, circuit in circuits.items()}, "tables": []}
+    for target, n in product(given.targets, given.sizes):
+        rows, settings = summarise(lines, target, n), points(lines, target, n)
+        print(f"\n### {target}, {n} examples\n\n{table(rows)}\n\n{trade_off(lines, target, n)}")
+        both = {"arms": [row._asdict() for row in rows], "settings": [point._asdict() for point in settings]}
+        found["tables"].append({"target": target, "n": n, **both})
+    print(f"\nHead-set Jaccard index over {len(circuits)} seeds: {agreement(list(circuits.values())):.2f}")
+    if given.json:
+        write_json(given.json, found)
 
 
 if __name__ == "__main__":
