@@ -72,7 +72,9 @@ def main() -> None:
         source_epochs=0 if is_pocket else 4,
     )  # fmt: skip
     lines = read_lines(experiment.directory / "results.jsonl") if given.table_only else compare(experiment)
-    circuits = {path.parent.name: Circuit.load(path) for path in sorted(experiment.directory.glob("seed-*/circuit.json"))}
+    circuits = {
+        path.parent.name: Circuit.load(path) for path in sorted(experiment.directory.glob("seed-*/circuit.json"))
+    }
     found: dict[str, Any] = {"circuits": {seed: str(circuit) for seed, circuit in circuits.items()}, "tables": []}
     for target, n in product(given.targets, given.sizes):
         rows, settings = summarise(lines, target, n), points(lines, target, n)
