@@ -120,7 +120,7 @@ def pad(pieces: Sequence[tuple[list[int], list[int]]], tokenizer: Any = None) ->
 
 
 def _row(row: Any, tokenizer: Any) -> tuple[list[int], list[int]]:
-    """(ids, targets): targets are already shifted, so the last position has none."""
+    """(ids, targets), already shifted: ids are all tokens but the last."""
     if isinstance(row, Mapping) and "input_ids" in row:
         ids = list(row["input_ids"])
         labels = list(row.get("labels", ids))
@@ -140,7 +140,7 @@ def _row(row: Any, tokenizer: Any) -> tuple[list[int], list[int]]:
         )
     if len(ids) < 2:
         raise ValueError(f"example {row!r} has {len(ids)} token(s); expected at least two, one to predict from")
-    return ids, [*labels[1:], IGNORED]
+    return ids[:-1], labels[1:]  # the last token has nothing to predict, and no earlier token sees it
 
 
 def ids_of(text: str | Sequence[int], tokenizer: Any, special: bool) -> list[int]:

@@ -1,10 +1,12 @@
 """Log-likelihoods of stacked members: s [member, batch], only at target positions, in single precision or better.
 
-1. forward the folded batch; the output layer sees only the positions that have a target;
-2. log p(target) = logit of the target − logsumexp, in float32 whatever the model's precision, a few rows at a time;
+1. forward the folded batch; only positions that have a target reach the output layer;
+2. log p(target) = logit of the target − logsumexp, in float32 whatever the model's precision, a few rows at a time: from
+   hidden states (`unembedding.py`), or from logits where a model does more to them than a linear map;
 3. sequence: sum over targets; mean: the same per target, which is α / T; token: every target is its own example.
 """
 
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -17,12 +19,13 @@ from torch import Tensor, nn
 from .examples import Examples
 from .lora import StackedLoRA
 from .renyi import preference_log_likelihood
+from .unembedding import hidden_log_likelihood, hidden_states, plain_head
 
 FORMS = ("sequence", "mean", "token")
 
 
 class TargetLogLikelihood(torch.autograd.Function):
-    """log softmax(logits)[target] without ever holding a second tensor of the logits' size, except their gradient."""
+    """log softmax(logits)[target]; the only other tensor of the logits' size is their gradient."""
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, targets: Tensor, rows: int) -> Tensor:
@@ -57,10 +60,10 @@ def member_logits(
     hf: nn.Module, examples: Examples, where: Tensor, count: int, repeat: int
 ) -> Float[Tensor, "member target vocab"]:
     """Logits of `count` attached members at the positions `where` [batch, position]; `repeat` from `attached`."""
-    inputs = {name: value.repeat(repeat, 1) for name, value in examples.inputs(hf).items()}
+    inputs = _inputs(hf, examples, repeat)
     if not examples.classes:
         with _only(hf, where, count) as seen:
-            logits = hf(**inputs, use_cache=False).logits if _takes_cache(hf) else hf(**inputs).logits
+            logits = hf(**inputs).logits
         if seen:
             return logits
     else:
@@ -131,8 +134,13 @@ class Objective:
 
 def token_values(hf: nn.Module, batch: Examples, count: int = 1, repeat: int = 1) -> Float[Tensor, "member target"]:
     """log p of every target, for attached members (or, by default, the model as it is)."""
-    where = batch.where
-    return target_log_likelihood(member_logits(hf, batch, where, count, repeat), batch.targets[where])
+    where, targets = batch.where, batch.targets[batch.where]
+    head = None if batch.classes else plain_head(hf)
+    if head is not None:
+        hidden = hidden_states(hf, head, _inputs(hf, batch, repeat), (count * where.shape[0], where.shape[1]))
+        if hidden is not None:
+            return hidden_log_likelihood(hidden.view(count, *where.shape, -1)[:, where], head, targets)
+    return target_log_likelihood(member_logits(hf, batch, where, count, repeat), targets)
 
 
 @torch.no_grad()
@@ -167,7 +175,8 @@ def _only(hf: nn.Module, where: Tensor, count: int) -> Iterator[list[bool]]:
             handle.remove()
 
 
-def _takes_cache(hf: nn.Module) -> bool:
-    import inspect
-
-    return "use_cache" in inspect.signature(hf.forward).parameters
+def _inputs(hf: nn.Module, examples: Examples, repeat: int) -> dict[str, Any]:
+    inputs: dict[str, Any] = {name: value.repeat(repeat, 1) for name, value in examples.inputs(hf).items()}
+    if not examples.classes and "use_cache" in inspect.signature(hf.forward).parameters:
+        inputs["use_cache"] = False
+    return inputs

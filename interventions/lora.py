@@ -32,8 +32,8 @@ def low_rank(
     base: Float[Tensor, "member row out"],
     scale: float,
 ) -> Float[Tensor, "member row out"]:
-    """base + scale · (x A) B for every member at once."""
-    return torch.baddbmm(base, torch.bmm(x, A), B, alpha=scale)
+    """base + scale · (x A) B for every member at once, written into `base`."""
+    return base.baddbmm_(torch.bmm(x, A), B, alpha=scale)
 
 
 class StackedLoRA(nn.Module):

@@ -1,45 +1,71 @@
-"""Stacked members against the loop over PEFT adapters: `python tests/benchmarks/bench_renyi.py [repeats | --memory]`.
+"""Stacked members against the loop over PEFT adapters: `python tests/benchmarks/bench_renyi.py [--repeats 3] [--only CASE]`.
 
-One training step (forward, ℓ_α, backward, AdamW) of M = 8 members, r = 8 on all seven linear layers of a 4-layer, d = 512
-Llama with 8,000 tokens; one thread. The loop is PEFT's documented way (set_adapter per member), with every adapter's
-requires_grad set again before backward, without which only the last one learns. Runs alternate; the table gives the
-median processor time and the best wall time. Both steps must have the same loss. Then peak memory of joint and two-pass
-training, each in a fresh process.
+One training step (forward, ℓ_α, backward, AdamW) of M = 8 members, r = 8, on random Llamas of several sizes; one thread.
+The loop is PEFT's documented way (set_adapter per member), with every adapter's requires_grad set again before backward,
+without which only the last one learns, and with the cross-entropy over all logits that transformers computes. Runs
+alternate; the table gives the median processor time and the best wall time. Both steps must have the same loss. Then peak
+memory of joint and two-pass training, each in a fresh process (`--only memory`).
 """
 
-import resource
+import argparse
 import statistics
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-MEMBERS, R, ALPHA, VOCABULARY = 8, 8, 0.8, 8000
-SHAPES = ((1, 8), (1, 16), (1, 32), (4, 128))
+MEMBERS, R, ALPHA = 8, 8, 0.8
+SHORT, LONG = ((1, 8), (1, 16), (1, 32)), ((4, 128),)
 
 
-def base(layers: int = 4, width: int = 512):
+class Case(NamedTuple):
+    depth: int
+    width: int
+    vocabulary: int
+    shapes: tuple[tuple[int, int], ...]
+    layers: list[int] | None = None  # adapted layers; None: all
+    targets: str | list[str] = "all-linear"
+    answer: int | None = None  # only the last so many tokens of a text have a loss
+
+
+CASES = {
+    "pocket": Case(4, 96, 1000, SHORT + LONG),
+    "narrow": Case(8, 128, 8000, SHORT + LONG),
+    "wide": Case(4, 512, 8000, SHORT + LONG),
+    "wide, q and v": Case(4, 512, 8000, SHORT[-1:] + LONG, None, ["q_proj", "v_proj"]),
+    "wide, upper half": Case(4, 512, 8000, SHORT + LONG, [2, 3]),
+    "wide, last layer": Case(4, 512, 8000, SHORT + LONG, [3]),
+    "wide, answers": Case(4, 512, 32000, SHORT[-1:] + LONG, None, "all-linear", 32),
+    "half a billion's width, last layer, answers": Case(4, 896, 32000, SHORT[-1:] + LONG, [3], "all-linear", 32),
+}
+
+
+def base(case: Case):
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
-    sizes = dict(hidden_size=width, intermediate_size=width * 8 // 3 // 8 * 8, num_hidden_layers=layers)
-    return LlamaForCausalLM(LlamaConfig(vocab_size=VOCABULARY, num_attention_heads=8, **sizes)).eval()
+    heads = 14 if case.width == 896 else 8
+    sizes = dict(hidden_size=case.width, num_attention_heads=heads, num_hidden_layers=case.depth)
+    inner = 4864 if case.width == 896 else case.width * 8 // 3 // 8 * 8
+    return LlamaForCausalLM(LlamaConfig(vocab_size=case.vocabulary, intermediate_size=inner, **sizes)).eval()
 
 
-def rows(batch: int, length: int) -> list[dict]:
-    tokens = torch.randint(3, VOCABULARY, (batch, length), generator=torch.Generator().manual_seed(1))
-    return [{"input_ids": ids} for ids in tokens.tolist()]
+def rows(case: Case, batch: int, length: int) -> list[dict]:
+    tokens = torch.randint(3, case.vocabulary, (batch, length), generator=torch.Generator().manual_seed(1))
+    blank = 0 if case.answer is None else max(0, length - case.answer)
+    return [{"input_ids": ids, "labels": [-100] * blank + ids[blank:]} for ids in tokens.tolist()]
 
 
-def stacked_step(layers=None):
+def stacked_step(case: Case):
     from interventions import RenyiEnsemble
     from interventions.coupled import joint_gradient
 
-    ensemble = RenyiEnsemble(base(), MEMBERS, ALPHA, R, "all-linear", layers=layers)
+    ensemble = RenyiEnsemble(base(case), MEMBERS, ALPHA, R, case.targets, layers=case.layers)
     optimizer = torch.optim.AdamW(ensemble.stack.parameters(), lr=1e-4, fused=True)
 
     def step(data: list[dict]) -> float:
@@ -53,7 +79,7 @@ def stacked_step(layers=None):
     return step, ensemble
 
 
-def peft_step(ensemble):
+def peft_step(case: Case, ensemble):
     """Adapters equal to the ensemble's members, trained by the loop."""
     import tempfile
 
@@ -64,7 +90,7 @@ def peft_step(ensemble):
     with tempfile.TemporaryDirectory() as place:
         for member in range(MEMBERS):
             ensemble.stack.save_member(member, f"{place}/{member}", ensemble.hf)
-        model = PeftModel.from_pretrained(base(), f"{place}/0", adapter_name="m0", is_trainable=True).eval()
+        model = PeftModel.from_pretrained(base(case), f"{place}/0", adapter_name="m0", is_trainable=True).eval()
         for member in range(1, MEMBERS):
             model.load_adapter(f"{place}/{member}", f"m{member}", is_trainable=True)
     factors = [parameter for name, parameter in model.named_parameters() if "lora_" in name]
@@ -73,13 +99,13 @@ def peft_step(ensemble):
     optimizer = torch.optim.AdamW(factors, lr=1e-4, fused=True)
 
     def step(data: list[dict]) -> float:
-        tokens = torch.tensor([row["input_ids"] for row in data])
+        tokens, labels = (torch.tensor([row[name] for row in data]) for name in ("input_ids", "labels"))
         optimizer.zero_grad()
         s = []
         for member in range(MEMBERS):
             model.set_adapter(f"m{member}")
             logits = model(input_ids=tokens, use_cache=False).logits[:, :-1]
-            loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten(), reduction="none")
+            loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), reduction="none")
             s.append(-loss.view(len(tokens), -1).sum(1))
         for parameter in factors:
             parameter.requires_grad_(True)
@@ -96,38 +122,41 @@ def measure(step, data) -> tuple[float, float, float]:
     return time.perf_counter() - wall, time.process_time() - cpu, value
 
 
-def speed(repeats: int) -> None:
-    print("| batch x tokens | PEFT loop, CPU ms | stacked, CPU ms | ratio | ratio of best wall times | same loss to |")
-    print("|---|---|---|---|---|---|")
-    for label, layers in (("all layers", None), ("upper half", [2, 3])):
-        ours, ensemble = stacked_step(layers)
-        theirs = peft_step(ensemble)
-        for shape in SHAPES:
-            data, times = rows(*shape), {"peft": [], "stacked": []}
-            for _ in range(repeats + 1):
-                times["peft"].append(measure(theirs, data))
-                times["stacked"].append(measure(ours, data))
-            gap = max(abs(a[2] - b[2]) / abs(a[2]) for a, b in zip(times["peft"], times["stacked"], strict=True))
-            cpu = {name: statistics.median(run[1] for run in runs[1:]) for name, runs in times.items()}
-            wall = {name: min(run[0] for run in runs[1:]) for name, runs in times.items()}
-            print(
-                f"| {shape[0]} x {shape[1]}, {label} | {1e3 * cpu['peft']:.0f} | {1e3 * cpu['stacked']:.0f} | "
-                f"{cpu['peft'] / cpu['stacked']:.1f}x | {wall['peft'] / wall['stacked']:.1f}x | {gap:.0e} |",
-                flush=True,
-            )
+def speed(name: str, case: Case, repeats: int) -> None:
+    ours, ensemble = stacked_step(case)
+    theirs = peft_step(case, ensemble)
+    for shape in case.shapes:
+        data, times = rows(case, *shape), {"peft": [], "stacked": []}
+        for _ in range(repeats + 1):
+            times["peft"].append(measure(theirs, data))
+            times["stacked"].append(measure(ours, data))
+        gap = max(abs(a[2] - b[2]) / abs(a[2]) for a, b in zip(times["peft"], times["stacked"], strict=True))
+        cpu = {way: statistics.median(run[1] for run in runs[1:]) for way, runs in times.items()}
+        wall = {way: min(run[0] for run in runs[1:]) for way, runs in times.items()}
+        print(
+            f"| {name} | {shape[0]} x {shape[1]} | {1e3 * cpu['peft']:.0f} | {1e3 * cpu['stacked']:.0f} | "
+            f"{cpu['peft'] / cpu['stacked']:.1f}x | {wall['peft'] / wall['stacked']:.1f}x | {gap:.0e} |",
+            flush=True,
+        )
 
 
 def peak(what: str) -> float:
     """Peak resident MiB that a training step adds, 4 texts of 256 tokens."""
     from interventions import RenyiEnsemble
 
-    members = 1 if what == "one" else MEMBERS
-    ensemble = RenyiEnsemble(base(layers=8, width=256), members, ALPHA, R, "all-linear")
-    data = rows(4, 256)
-    ensemble.fit(rows(1, 8), steps=1, two_pass=what == "two-pass", progress=False)  # optimizer, allocator
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    ensemble.fit(data, steps=1, batch_size=4, two_pass=what == "two-pass", progress=False)
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+    case = Case(8, 256, 8000, ())
+    ensemble = RenyiEnsemble(base(case), 1 if what == "one" else MEMBERS, ALPHA, R, "all-linear")
+    options = dict(steps=1, two_pass=what == "two-pass", progress=False)
+    ensemble.fit(rows(case, 1, 8), **options)  # optimizer, allocator
+    before = resident("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
+    ensemble.fit(rows(case, 4, 256), batch_size=4, **options)
+    return (resident("VmHWM") - before) / 1024
+
+
+def resident(what: str) -> int:
+    status = Path("/proc/self/status").read_text()
+    return int(status.split(f"{what}:")[1].split()[0])
 
 
 def memory() -> None:
@@ -142,11 +171,17 @@ def memory() -> None:
 
 
 if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--only", action="append", choices=[*CASES, "memory"], help="default: everything")
+    parser.add_argument("--peak", choices=("one", "two-pass", "joint"), help=argparse.SUPPRESS)
+    given = parser.parse_args()
     torch.set_num_threads(1)
-    if "--peak" in sys.argv:
-        print(peak(sys.argv[-1]))
-    elif "--memory" in sys.argv:
-        memory()
-    else:
-        speed(int(sys.argv[1]) if len(sys.argv) > 1 else 3)
-        memory()
+    if given.peak:
+        print(peak(given.peak))
+        raise SystemExit
+    asked = given.only or [*CASES, "memory"]
+    print("| model | batch x tokens | PEFT loop, CPU ms | stacked, CPU ms | ratio | best wall times | same loss to |")
+    print("|---|---|---|---|---|---|---|")
+    for name in asked:
+        memory() if name == "memory" else speed(name, CASES[name], given.repeats)
