@@ -24,6 +24,7 @@ from .heads import Circuit, Head, HeadScores
 from .means import mean_activations
 from .model import Model
 from .propagation import DEFAULT_MEMORY, propagate
+from .screening import shortlist, shortlist_size
 from .targets import target_scores
 from .tasks import Task
 from .trace import Batch
@@ -79,18 +80,21 @@ def relevance(
     `targets=None` scores at the logits (eq. 4); heads as targets score by eq. 6, averaged over the targets.
     `means`: "label-balanced", "task", "corrupted", "zero" (see `means`), or a tensor; `per_position` averages column by column.
     `screen`: first one gradient pass, then only the heads (a share such as 0.1, or a number) whose gradient estimate is largest
-    in magnitude are decomposed; the others score 0.
+    in magnitude are decomposed; the others score 0 (`screening`).
     """
     heads = _chosen(model, sources)
+    if screen is not None and targets is not None:
+        raise ValueError("screen= estimates effects on the logits; with targets= leave it out")
     encoded = task.encode(model)
     mean = reference(model, task, means, per_position, batch_size, encoded.tokens.shape[1])
-    if screen is not None:
-        heads = _shortlist(model, task, mean, heads, screen)
-    nodes = [[Node(head.layer, head.head)] for head in heads]
-    check_sources(model, nodes, encoded.tokens.shape[1], rules)
+    check_sources(model, [[Node(*head)] for head in heads], encoded.tokens.shape[1], rules)
     options: dict[str, Any] = dict(batch_size=batch_size, memory=memory, progress=progress)
     with torch.no_grad(), model.evaluating():
         program = read(model.hf)
+        if screen is not None:
+            size = shortlist_size(screen, len(heads))
+            heads, options["runs"] = shortlist(program, model, encoded, heads, size, mean, rules, batch_size, memory)
+        nodes = [[Node(*head)] for head in heads]
         if targets is None:
             found = logit_scores(program, model, encoded, nodes, mean, rules, **options)
         else:
@@ -115,34 +119,18 @@ def relevance(
     )
 
 
-def _shortlist(model: Model, task: Task, mean: Tensor, heads: list[Head], screen: float | int) -> list[Head]:
-    """The heads with the largest |attribution-patching estimate|, which costs two forward passes for all of them."""
-    from .attribution import gradient
-
-    size = screen if isinstance(screen, int) else max(1, round(screen * len(heads)))
-    if not 0 < size <= len(heads):
-        raise ValueError(f"screen={screen}; expected a share of the {len(heads)} heads (0.1) or a number of them")
-    estimate = gradient(model, task, reference=mean, progress=False)
-    return sorted(sorted(heads, key=lambda head: -abs(estimate[head]))[:size])
-
-
 def logit_scores(
     program: Program, model: Model, encoded: Encoded, nodes: list[list[Node]], means: Tensor, rules: str, **options
 ) -> Float[Tensor, "source example"]:
     """Eq. 4 for each source and example (examples are shared out when several processes run)."""
     columns = encoded.columns.to(model.device)
     mine = encoded.select(sharding.share(len(encoded)))
-    beta = propagate(program, _read_once(model, mine), nodes, means, rules, columns, **options)
+    beta = propagate(program, Batch.read_once(mine, model.device), nodes, means, rules, columns, **options)
     assert beta is not None
     return sharding.gather((beta[:, :, 0] * mine.direction.to(beta)).sum(-1), len(encoded))
 
 
 # ---- what the caller gave, checked ----------------------------------------------------------------------------------
-
-
-def _read_once(model: Model, encoded: Encoded) -> Batch:
-    tokens, mask, rows = (x.to(model.device) for x in (encoded.tokens, encoded.attention_mask, encoded.readout))
-    return Batch(tokens, mask, rows[:, None])
 
 
 def _rows(model: Model, tokens: Tensor, mask: Tensor, positions: Sequence[int] | None) -> Int[Tensor, "batch row"]:

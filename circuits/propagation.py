@@ -34,8 +34,12 @@ def propagate(
     batch_size: int | None = None,
     memory: int = DEFAULT_MEMORY,
     progress: bool = False,
+    runs: Sequence[Trace] = (),
 ) -> Float[Tensor, "source batch row column"] | None:
-    """Relevant part of the logits of every source, or, with `targets`, what `measure` makes of each target site."""
+    """Relevant part of the logits of every source, or, with `targets`, what `measure` makes of each target site.
+
+    `runs`: traces that exist already, of the first `example_chunks`.
+    """
     n_columns = program.unembedding.out.weight.shape[0] if columns is None else len(columns)
     out = None
     if measure is None:
@@ -43,10 +47,10 @@ def propagate(
     last = len(program.blocks) - 1 if measure is None else max(targets or {0: ()})
     keep = _kept_sites(rules, targets)
     steps = _chunks(program, batch, sources, rules, batch_size, memory)
-    run, current = None, None
+    run, current, made = None, None, iter(runs)
     for examples, plans in track(steps, "relevance", enabled=progress):
         if run is None or current != examples:
-            run, current = trace(program, batch[examples], keep), examples
+            run, current = next(made, None) or trace(program, batch[examples], keep), examples
         carrier = Carrier(run, plans, means, rules)
         x = carrier.carry(last, targets or {}, measure, examples)
         if out is not None:
@@ -74,23 +78,29 @@ def _logits(run: Trace, x: Tensor, carrier: Carrier, columns: Tensor | None) -> 
     return carrier.relevant(read_out(head, x, columns, carrier.verbs(Totals(record, Frame(None, None, None)))), total)
 
 
-def _chunks(
-    program: Program, batch: Batch, sources: Sequence[Sequence[Node]], rules: str, batch_size: int | None, memory: int
-) -> list[tuple[slice, list[Plan]]]:
-    """Examples outermost (their totals are the expensive thing to keep), then neighbouring sources."""
+def example_chunks(
+    program: Program, batch: Batch, n_sources: int, rules: str, batch_size: int | None, memory: int
+) -> list[slice]:
+    """Examples that run together: few enough for all sources at once, and for their totals to fit."""
     if batch_size is not None and batch_size < 1:
         raise ValueError(f"batch_size={batch_size}; expected a positive number of (source, example) rows, or None")
     n_examples, length = batch.tokens.shape
     carried, kept = _bytes_per_token(program, rules)
     rows = batch_size or max(1, memory // (2 * carried * length))
-    together = min(n_examples, max(1, rows // max(1, len(sources))), max(1, memory // (2 * kept * length)))
-    steps = []
-    for begin in range(0, n_examples, together):
-        examples = slice(begin, min(n_examples, begin + together))
+    together = min(n_examples, max(1, rows // max(1, n_sources)), max(1, memory // (2 * kept * length)))
+    return [slice(begin, min(n_examples, begin + together)) for begin in range(0, n_examples, together)]
+
+
+def _chunks(
+    program: Program, batch: Batch, sources: Sequence[Sequence[Node]], rules: str, batch_size: int | None, memory: int
+) -> list[tuple[slice, list[Plan]]]:
+    """Examples outermost (their totals are the expensive thing to keep), then neighbouring sources."""
+    length, steps = batch.tokens.shape[1], []
+    rows = batch_size or max(1, memory // (2 * _bytes_per_token(program, rules)[0] * length))
+    for examples in example_chunks(program, batch, len(sources), rules, batch_size, memory):
         plans = plan(sources, batch[examples], program.causal)
-        steps += [
-            (examples, group) for group in _groups(plans, rows, examples.stop - begin, length, batch_size is None)
-        ]
+        together = examples.stop - examples.start
+        steps += [(examples, group) for group in _groups(plans, rows, together, length, batch_size is None)]
     return steps
 
 

@@ -163,9 +163,12 @@ def _index(model: Model, target: Head, site: str) -> int:
 
 
 def _batch(model: Model, encoded: Encoded, at_readout: bool) -> Batch:
-    tokens, mask, readout = (x.to(model.device) for x in (encoded.tokens, encoded.attention_mask, encoded.readout))
-    everywhere = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
-    return Batch(tokens, mask, readout[:, None] if at_readout else everywhere)
+    once = Batch.read_once(encoded, model.device)
+    if at_readout:
+        return once
+    return Batch(
+        once.tokens, once.attention_mask, torch.arange(once.tokens.shape[1], device=model.device).expand_as(once.tokens)
+    )
 
 
 def slopes(

@@ -13,6 +13,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from .blocks import Block, Program
+from .encoding import Encoded
 from .streams import Frame, Values, attend, finish
 
 
@@ -23,6 +24,12 @@ class Batch:
     tokens: Int[Tensor, "batch position"]
     attention_mask: Int[Tensor, "batch position"]
     rows: Int[Tensor, "batch row"]  # positions that are read
+
+    @classmethod
+    def read_once(cls, encoded: Encoded, device: torch.device) -> "Batch":
+        """A task's examples, each read where its answer is."""
+        tokens, mask, rows = (x.to(device) for x in (encoded.tokens, encoded.attention_mask, encoded.readout))
+        return cls(tokens, mask, rows[:, None])
 
     def __getitem__(self, examples: slice) -> "Batch":
         return Batch(self.tokens[examples], self.attention_mask[examples], self.rows[examples])
@@ -77,7 +84,7 @@ def _allowed(block: Block, real: Int[Tensor, "batch position"]) -> Tensor:
 
 def trace(program: Program, batch: Batch, keep: frozenset[str] | None = None) -> Trace:
     """Run the model once, then the explicit program on each block's own input; they must agree."""
-    inputs, angles, final = _run(program, batch)
+    inputs, angles, final = run(program, batch)
     found = Trace(program, batch, [], angles, final)
     real = batch.attention_mask.bool()
     ends = [*inputs[1:], final]
@@ -103,7 +110,7 @@ def _check(ours: Tensor, theirs: Tensor, layer: int, program: Program) -> None:
         )
 
 
-def _run(program: Program, batch: Batch) -> tuple[list[Tensor], list[tuple[Tensor, Tensor] | None], Tensor]:
+def run(program: Program, batch: Batch) -> tuple[list[Tensor], list[tuple[Tensor, Tensor] | None], Tensor]:
     """Each block's input and rotary angles, and the last block's output, from the model's own forward."""
     inputs: list[Tensor] = []
     angles: list[tuple[Tensor, Tensor] | None] = []

@@ -120,14 +120,3 @@ def test_bad_input_says_what_was_expected(options, text):
     with pytest.raises(ValueError) as error:
         relevance(shared_tiny("llama"), TokenTask(), progress=False, **options)
     assert text in str(error.value)
-
-
-def test_screening_decomposes_only_the_shortlist():
-    model, task = shared_tiny("llama"), TokenTask()
-    full = relevance(model, task, progress=False)
-    screened = relevance(model, task, screen=5, progress=False)
-    done = screened.values != 0
-    assert done.sum() == 5 and screened.options["screened"] == 5
-    torch.testing.assert_close(screened.values[done], full.values[done], atol=1e-6, rtol=1e-5)
-    with pytest.raises(ValueError, match="screen=0"):
-        relevance(model, task, screen=0, progress=False)
