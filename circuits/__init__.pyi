@@ -12,6 +12,7 @@ from .encoding import Encoded as Encoded, Evaluation as Evaluation, evaluate as 
 
 # methods
 from .cdt import Node as Node, decompose as decompose, relevance as relevance
+from .sources import SourceScores as SourceScores, source_relevance as source_relevance
 from .discovery import discover as discover
 from .head_graph import HeadGraph as HeadGraph, head_to_head as head_to_head
 from .gates import learned_gates as learned_gates

@@ -50,7 +50,8 @@ def plan(sources: Sequence[Sequence[Node]], batch: Batch, causal: bool) -> list[
         starts = []
         for node in nodes:
             layers.setdefault(node.layer, {}).setdefault(node.head, []).append(node.position)
-            starts.append(0 if node.position is None else int(batch.absolute(node.position).min()))
+            # A row that is too short does not have the position: nothing acts there.
+            starts.append(0 if node.position is None else max(0, int(batch.absolute(node.position).min())))
         start = min(*starts, earliest_read) if causal and starts else 0
         plans.append(Plan(index, layers, min(layers), start))
     return sorted(plans, key=lambda p: (p.first_position, p.first_layer))

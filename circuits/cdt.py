@@ -193,7 +193,7 @@ def _chosen(model: Model, sources: str | Iterable[Head]) -> list[Head]:
     if isinstance(sources, str):
         if sources != "heads":
             raise ValueError(
-                f"sources={sources!r}; expected 'heads' or a list of Head (single positions: see decompose)"
+                f"sources={sources!r}; expected 'heads' or a list of Head (single positions and sets: source_relevance)"
             )
         return model.anatomy.heads()
     return sorted(Circuit(sources).check(model.anatomy.n_layers, model.anatomy.n_heads))
