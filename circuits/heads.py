@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -175,6 +175,8 @@ class HeadScores:
 
     Positive means: the head works for the task. Units are the task margin's (logits) unless `options["units"]` says otherwise.
     """
+
+    repeats: ClassVar[str] = "examples"  # what the first axis of `examples` counts
 
     values: Float[Tensor, "layer head"]
     method: str

@@ -15,7 +15,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -56,6 +56,7 @@ class HeadSelection(HeadScores):
     `alpha` is what `inject` uses: the checkpoint of the seed with the lowest validation loss.
     """
 
+    repeats: ClassVar[str] = "seeds"
     theta: Float[Tensor, "seed layer head"] = field(default_factory=lambda: torch.zeros(1, 1, 1))
     validation: Float[Tensor, " seed"] = field(default_factory=lambda: torch.zeros(1))
     curve: Float[Tensor, "check seed"] = field(default_factory=lambda: torch.zeros(1, 1))

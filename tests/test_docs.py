@@ -17,8 +17,8 @@ def blocks(page: Path) -> list[re.Match]:
 
 
 def runnable(page: Path) -> list[re.Match]:
-    """Blocks marked `python run` are run, in order, in one namespace per page. Others are sketches and need only parse."""
-    return [block for block in blocks(page) if block["info"].strip() == "run"]
+    """`python run` blocks are run, in order, in one namespace per page; `run shared` ones where real models lie beside the project."""
+    return [block for block in blocks(page) if block["info"].split()[:1] == ["run"]]
 
 
 def compare(printed: str, stated: str) -> None:
@@ -40,8 +40,20 @@ def test_python_blocks_parse(page):
 @pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.* is deprecated:FutureWarning")  # TRL's own option
 @pytest.mark.filterwarnings("ignore:Sparse invariant checks are implicitly disabled:UserWarning")  # PEFT's SHiRA
 @pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true:UserWarning")  # Trainers without a GPU
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_python_block_runs_somewhere(page):
+    """`launched` ones are scripts: test_dropin.py runs them in processes of their own."""
+    launched = ("launched",) if page.name == "restricted_training.md" else ()
+    if page.name != "reference.md":
+        assert {block["info"].strip() for block in blocks(page)} <= {"run", "run shared", *launched}
+
+
 @pytest.mark.parametrize("page", [p for p in PAGES if runnable(p)], ids=lambda page: page.name)
-def test_python_blocks_run(page, tmp_path, monkeypatch, capsys):
+def test_python_blocks_run(page, tmp_path, monkeypatch, capsys, request):
+    if any("shared" in block["info"] for block in runnable(page)):
+        (tmp_path / "shared").symlink_to(request.getfixturevalue("shared"))
+        tmp_path = tmp_path / "here"
+        tmp_path.mkdir()
     monkeypatch.chdir(tmp_path)
     namespace: dict = {"__name__": "__main__"}
     for block in runnable(page):

@@ -216,7 +216,7 @@ def test_torch_compile_gives_the_same_loss_and_gradients(family):
 def example(word, folder):
     """The example of the docs page that mentions `word`, as a script of its own."""
     page = (TESTS.parent / "docs/restricted_training.md").read_text()
-    (code,) = [block for block in re.findall(r"^```python\n(.*?)^```", page, re.M | re.S) if word in block]
+    (code,) = [block for block in re.findall(r"^```python launched\n(.*?)^```", page, re.M | re.S) if word in block]
     (folder / "example.py").write_text(code)
     return folder / "example.py"
 

@@ -10,7 +10,6 @@ import torch
 
 from circuits import Circuit, FaithfulnessCurve, Head, HeadScores
 from viz import attention, compare, faithful, flow, heatmap, interference, report, spectrum, theme, tokens, training
-from viz.spectra import _short
 
 EVIL = "</script><script>document.title='owned'</script><b>"
 
@@ -54,6 +53,16 @@ def test_heatmap_strip_is_the_histogram_of_the_examples():
     examples = torch.tensor([0.0] * 8 + [1.0]).view(9, 1, 1)
     strip = heatmap(HeadScores.from_examples(examples, "x")).data[0].text[0][0]
     assert strip == "+0 █▁▁▁▁▁▁▁▁▂ +1"
+
+
+def test_heatmap_of_shares_has_one_side_and_names_its_units_and_repeats():
+    class Seeds(HeadScores):
+        repeats = "seeds"
+
+    given = Seeds.from_examples(torch.rand(2, 3, 4), "site", options={"units": "alpha"})
+    figure = heatmap(given)
+    assert figure.data[0].zmin == 0 and figure.data[0].colorbar.title.text == "alpha"
+    assert "2 seeds" in figure.layout.title.text and "2 seeds" in figure.data[0].hovertemplate
 
 
 def test_heatmap_switches_between_scores():
@@ -202,7 +211,9 @@ def test_interference_by_block():
     assert list(bars.x) == [given["q"].sti_fro_normalized, given["<b>o"].sti_fro_normalized]
     assert list(bars.y) == ["q", "&lt;b&gt;o"]
     names = ["model.layers.0.q_proj.weight", "model.layers.1.mlp.up_proj.weight"]
-    assert _short(names) == ["layers.0.q_proj", "layers.1.mlp.up_proj"] and _short(["one"]) == ["one"]
+    assert theme.short_names(names) == ["layers.0.q_proj", "layers.1.mlp.up_proj"] and theme.short_names(["one"]) == [
+        "one"
+    ]
 
 
 def test_spectrum_shows_the_principal_angles():

@@ -142,7 +142,7 @@ def _nodes(heads: list[Head], scores: HeadScores, places: dict) -> go.Scatter:
             "line": {"color": theme.INK, "width": 1},
             "symbol": ["circle"] * len(heads) + ["square"],
             "opacity": 1,
-            "colorbar": theme.colorbar("effect on margin"),
+            "colorbar": theme.colorbar(scores.options.get("units", "effect on margin")),
         },
         text=[str(head) for head in heads] + ["logits"],
         textposition=_sides(heads, places),

@@ -20,7 +20,7 @@ def gating(steps: Sequence[Mapping[str, float]], *, title: str | None = None) ->
     known = [value for row in values for value in row if value is not None]
     limit = max(max(map(abs, known)), 1e-9)
     cells = go.Heatmap(
-        z=values, y=[theme.clean(name) for name in names], x=list(range(1, len(steps) + 1)), zmin=-limit, zmax=limit,
+        z=values, y=[theme.clean(name) for name in theme.short_names(names)], x=list(range(1, len(steps) + 1)), zmin=-limit, zmax=limit,
         colorscale=list(theme.DIVERGING), colorbar=theme.colorbar("cosine"),
         hovertemplate="%{y}<br>step %{x}: %{z:+.3f}<extra></extra>",
     )  # fmt: skip

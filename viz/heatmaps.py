@@ -69,15 +69,16 @@ def _cells(scores: HeadScores, visible: bool) -> go.Heatmap:
         agree = ((scores.examples.sign() == scores.values.sign()).float().mean(0) * 100).round().cpu().numpy()
         extra = {"customdata": np.stack([low, high, agree], -1).astype("float32"), "text": _strips(scores)}
         hover += "<br>95 % interval %{customdata[0]:+.4g} to %{customdata[1]:+.4g}"
-        hover += f"<br>{len(scores.examples)} examples  %{{text}}<br>%{{customdata[2]:.0f}} % share its sign"
+        hover += f"<br>{len(scores.examples)} {scores.repeats}  %{{text}}<br>%{{customdata[2]:.0f}} % share its sign"
     limit = float(np.abs(values).max()) or 1.0
+    share = "units" in scores.options and values.min() >= 0  # alphas and gates have no side to be on
     return go.Heatmap(
         z=values.astype("float32"),
-        zmid=0,
-        zmin=-limit,
+        zmid=None if share else 0,
+        zmin=0 if share else -limit,
         zmax=limit,
-        colorscale=list(theme.DIVERGING),
-        colorbar=theme.colorbar("effect on margin"),
+        colorscale=list(theme.SEQUENTIAL if share else theme.DIVERGING),
+        colorbar=theme.colorbar(scores.options.get("units", "effect on margin")),
         hovertemplate=hover + "<extra></extra>",
         name=theme.clean(scores.method),
         visible=visible,
@@ -135,8 +136,13 @@ def _add_dropdown(figure: go.Figure, named: dict[str, HeadScores]) -> None:
 
 
 def _subtitle(scores: HeadScores) -> str:
-    n = None if scores.examples is None else f"n={len(scores.examples)}"
-    return theme.describe(scores.model, scores.task, n, scores.method)
+    return theme.describe(scores.model, scores.task, _count(scores), scores.method)
+
+
+def _count(scores: HeadScores) -> str | None:
+    if scores.examples is None:
+        return None
+    return f"n={len(scores.examples)}" if scores.repeats == "examples" else f"{len(scores.examples)} {scores.repeats}"
 
 
 def _step(count: int) -> int:

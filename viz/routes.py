@@ -74,6 +74,7 @@ def _shares(
         colorscale=list(theme.SEQUENTIAL),
         colorbar=theme.colorbar("responsibility") | bar,
         hovertemplate="member %{y}, %{x}<br>responsibility %{z:.3f}<extra></extra>",
+        texttemplate="%{z:.2f}" if shown else None,
         xgap=1 if shown else 0,
         ygap=1,
     )

@@ -67,19 +67,9 @@ def _bars(each: Interference, metric: str, limit: float, visible: bool) -> go.Ba
     hover = "<b>%{y}</b>" + "".join(f"<br>{m} %{{customdata[{i}]:+.3f}}" for i, m in enumerate(METRICS))
     colours = [theme.ORANGE if value >= 0 else theme.BLUE for value in values.values()]
     return go.Bar(
-        x=list(values.values()), y=[theme.clean(name) for name in _short(list(values))], orientation="h", customdata=extra,
+        x=list(values.values()), y=[theme.clean(name) for name in theme.short_names(list(values))], orientation="h", customdata=extra,
         marker={"color": colours}, visible=visible, hovertemplate=hover + "<extra></extra>", showlegend=False,
     )  # fmt: skip
-
-
-def _short(names: list[str]) -> list[str]:
-    """Parameter names without the beginning and the end that all of them share."""
-    parts = [name.split(".") for name in names]
-    least = min(map(len, parts))
-    front = next((i for i in range(least) if len({part[i] for part in parts}) > 1), 0)
-    front -= front > 0 and parts[0][front].isdigit()  # "layers.0" rather than "0"
-    back = next((i for i in range(least) if len({part[-1 - i] for part in parts}) > 1), 0)
-    return [".".join(part[front : len(part) - back]) or name for part, name in zip(parts, names, strict=True)]
 
 
 def _slider(figure: go.Figure, steps: list[int]) -> None:

@@ -82,6 +82,16 @@ def word(token: str) -> str:
     return clean(text) or "␣"
 
 
+def short_names(names: list[str]) -> list[str]:
+    """Parameter names without the beginning and the end that all of them share."""
+    parts = [name.split(".") for name in names]
+    least = min(map(len, parts))
+    front = next((i for i in range(least) if len({part[i] for part in parts}) > 1), 0)
+    front -= front > 0 and parts[0][front].isdigit()  # "layers.0" rather than "0"
+    back = next((i for i in range(least) if len({part[-1 - i] for part in parts}) > 1), 0)
+    return [".".join(part[front : len(part) - back]) or name for part, name in zip(parts, names, strict=True)]
+
+
 def band(x: list, low: list, high: list, colour: str, name: str, **options) -> go.Scatter:
     """A filled interval between two curves, grouped with the line it belongs to."""
     filled = {"fill": "toself", "fillcolor": faded(colour), "line": {"width": 0}, "mode": "lines"}
