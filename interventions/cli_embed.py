@@ -108,7 +108,7 @@ def apply(
 
     Example:
 
-    `luthier embed apply --from runs/uppercase --query hot --query river`
+    `luthier embed apply --from runs/uppercase --query hot --query wet`
     """
     from circuits.embedding import TaskEmbedding
     from circuits.files import read_json

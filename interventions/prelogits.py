@@ -248,17 +248,17 @@ def collected(decoder: Decoder, scorer: Scorer, searches: list[Search], seconds:
         seconds=seconds,
         history={name: padded_rows([s.history[name] for s in searches]) for name in searches[0].history},
         mean=torch.stack([s.mean for s in searches]).cpu(),
-        token_kl=padded_rows([token_kl(decoder, s.tokens, s.response_tokens, s.mean) for s in searches]),
+        token_kl=padded_rows([row for chunk in in_chunks(searches, 64) for row in token_kl(decoder, chunk)]),
     )
 
 
-def token_kl(decoder: Decoder, prompt: Tokens, response: Tokens,
-             mean: Float[Tensor, "tau d"]) -> list[float]:  # fmt: skip
-    """KL(softmax W(z_t + u_t) || softmax W z_t) at each position of the response inside the window."""
-    tau = min(len(mean), len(response))
-    values = [math.nan] * len(mean)
-    if tau:
-        z = decoder.pre_logits(prompt, response)[:tau].float()
-        moved, base = (decoder.logits(h).float().log_softmax(-1) for h in (z + mean[:tau], z))
-        values[:tau] = (moved.exp() * (moved - base)).sum(-1).tolist()
-    return values
+def token_kl(decoder: Decoder, searches: list[Search]) -> list[list[float]]:
+    """KL(softmax W(z_t + u_t) || softmax W z_t) at each position of every response inside the window."""
+    states = decoder.pre_logits([s.tokens for s in searches], [s.response_tokens for s in searches])
+    rows = []
+    for search, z in zip(searches, states, strict=True):
+        z, values = z[: len(search.mean)].float(), [math.nan] * len(search.mean)
+        moved, base = (decoder.logits(h).float().log_softmax(-1) for h in (z + search.mean[: len(z)], z))
+        values[: len(z)] = (moved.exp() * (moved - base)).sum(-1).tolist()
+        rows.append(values)
+    return rows

@@ -162,15 +162,21 @@ class Decoder:
         return raw if self._after is None else self._after(raw)
 
     @torch.inference_mode()
-    def pre_logits(self, prompt: Tokens, response: Tokens) -> Float[Tensor, "response d"]:
-        """z before each token of the response. The prompt is a forward of its own, so that what edits prompts edits it once."""
-        start = self.prefill([prompt])
-        if len(response) == 1:
-            return start.z
-        written, width = response[None, :-1].to(self.device), start.mask.shape[1] + len(response) - 1
-        mask = torch.ones(1, width, dtype=torch.bool, device=self.device)
-        z, _, _ = self._forward(written, mask, False, start.cache, every=True)
-        return torch.cat([start.z, z])
+    def pre_logits(self, prompts: Sequence[Tokens], responses: Sequence[Tokens]) -> list[Float[Tensor, "response d"]]:
+        """z before each token of each response. The prompts are a forward of their own, so that what edits prompts edits them once."""
+        start = self.prefill(prompts)
+        length = torch.tensor([max(1, len(response)) for response in responses], device=self.device)
+        width = int(length.max()) - 1
+        z = start.z[:, None]
+        if width:
+            written = torch.zeros(len(responses), width, dtype=torch.long, device=self.device)
+            for row, (response, n) in enumerate(zip(responses, (length - 1).tolist(), strict=True)):
+                written[row, :n] = response[:n].to(self.device)
+            real = torch.arange(width, device=self.device) < length[:, None] - 1
+            mask = torch.cat([start.mask, real], 1)
+            later, _, _ = self._forward(written, mask, not bool(mask.all()), start.cache, every=True)
+            z = torch.cat([z, later], 1)
+        return [row[: len(response)] for row, response in zip(z, responses, strict=True)]
 
     def zeros(self, horizon: int) -> Float[Tensor, "tau d"]:
         return torch.zeros(horizon, self.head.weight.shape[1], device=self.device)
@@ -182,7 +188,7 @@ class Decoder:
         caught: list[Tensor] = []
 
         def catch(_module: nn.Module, inputs: tuple[Tensor, ...]):
-            caught.append(inputs[0][0] if every else inputs[0][:, -1])
+            caught.append(inputs[0] if every else inputs[0][:, -1])
             return inputs if keep_logits else (inputs[0][:0],)
 
         options = {"use_cache": True, "past_key_values": cache, "attention_mask": mask.long() if padded else None}

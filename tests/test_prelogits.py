@@ -269,16 +269,23 @@ def test_report_of_a_round():
     assert out.seconds > 0
 
 
-def test_token_kl_is_that_of_the_two_distributions():
-    model = tiny_with_words("gpt2")
-    out = aisp(model, PROMPTS[1], REWARD, **QUICK, sigma2=8.0)
-    ids = torch.tensor([word_tokenizer()(PROMPTS[1])["input_ids"] + out.tokens[0].tolist()])
-    with torch.no_grad():
-        z = model.hf.transformer(ids).last_hidden_state[0, 1:-1]
-        base = torch.distributions.Categorical(logits=model.hf.lm_head(z))
-        moved = torch.distributions.Categorical(logits=model.hf.lm_head(z + out.mean[0, : len(z)]))
-    expected = torch.distributions.kl_divergence(moved, base)
-    assert torch.allclose(out.token_kl[0, : len(z)], expected, atol=1e-4)
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_token_kl_is_that_of_the_two_distributions(family):
+    """Prompts and responses of different lengths are read together; each must come out as alone."""
+    model = tiny_with_words(family)
+    uneven = rowwise(lambda prompt, response: len(response) * (1 if len(prompt) > 9 else -1))
+    out = aisp(model, PROMPTS, uneven, **QUICK, sigma2=8.0, stop=["w1"])
+    head = model.hf.get_output_embeddings()
+    assert len({len(tokens) for tokens in out.tokens}) > 1
+    for row, (prompt, tokens) in enumerate(zip(PROMPTS, out.tokens, strict=True)):
+        ids = word_tokenizer()(prompt)["input_ids"]
+        with torch.no_grad():
+            z = model.hf.base_model(torch.tensor([ids + tokens.tolist()])).last_hidden_state[0, len(ids) - 1 : -1]
+            base = torch.distributions.Categorical(logits=head(z))
+            moved = torch.distributions.Categorical(logits=head(z + out.mean[row, : len(z)]))
+        expected = torch.distributions.kl_divergence(moved, base)
+        assert torch.allclose(out.token_kl[row, : len(z)], expected, atol=1e-4)
+        assert out.token_kl[row, len(z) :].isnan().all()
 
 
 def test_stop_strings_end_a_response_and_are_not_scored():

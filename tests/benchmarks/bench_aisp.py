@@ -1,14 +1,17 @@
 """Wall clock of AISP against best-of-n at equal samples, same model, prompts, rows and length; the reward costs nothing.
 
-    python tests/benchmarks/bench_aisp.py            # n = 32, 32 rounds, 4 prompts at once, 24 tokens
-    python tests/benchmarks/bench_aisp.py --prompts 1 --tokens 48
+    python tests/benchmarks/bench_aisp.py                        # n = 32, 32 rounds, 24 tokens; 4 prompts at once, then 1
+    python tests/benchmarks/bench_aisp.py --prompts 8 --tokens 48
 
-best-of-n runs on the same decoder (shared prefixes, one prefill, rows dropped), with as many rows per call, and on transformers' own
-`generate(num_return_sequences=n)`. CPU seconds are given beside wall seconds: other work on the machine does not count in them.
+best-of-n runs on the same decoder (shared prefixes, one prefill, rows dropped): once with as many rows per call as AISP has, n * prompts,
+and once with up to 1024 rows, which its samples allow and AISP's rounds do not. And once on transformers' own
+`generate(num_return_sequences=n)`. The arms take turns; a ratio compares neighbours. CPU seconds of one thread: other work on the machine
+does not count in them.
 """
 
 import argparse
 import os
+import statistics
 import sys
 import time
 from pathlib import Path
@@ -29,6 +32,7 @@ STORIES = [
     "The little dog was very",
     "Mom said to her son",
 ]
+WIDE = 1024
 REWARD = rowwise(lambda _prompt, response: float(len(response)))
 
 
@@ -52,14 +56,38 @@ def hugging_face(model, prompts: list[str], n: int, rounds: int, tokens: int) ->
             with torch.random.fork_rng(), torch.no_grad():
                 torch.manual_seed(round_)
                 out = model.hf.generate(ids, attention_mask=torch.ones_like(ids), do_sample=True, num_return_sequences=n,
-                                        max_new_tokens=tokens, pad_token_id=0)  # fmt: skip
+                                        max_new_tokens=tokens, pad_token_id=0, max_length=None)  # fmt: skip
             REWARD([prompt] * n, model.tokenizer.batch_decode(out[:, ids.shape[1] :], skip_special_tokens=True))
 
 
-def timed(function) -> tuple[float, float]:
-    wall, cpu = time.perf_counter(), time.process_time()
+def timed(function) -> float:
+    started = time.process_time()
     function()
-    return time.perf_counter() - wall, time.process_time() - cpu
+    return time.process_time() - started
+
+
+def measured(name: str, model, prompts: list[str], args) -> None:
+    """One line per arm: CPU seconds (median), and their ratio to AISP's of the same repeat (median, smallest, largest)."""
+    samples, common = args.n * args.rounds, dict(progress=False, max_new_tokens=args.tokens)
+    rows = args.n * len(prompts)
+    arms = {
+        "AISP": lambda: aisp(
+            model, prompts, REWARD, n=args.n, iterations=args.rounds, horizon=args.tokens, rows=rows, **common
+        ),
+        f"best-of-n, {rows} rows": lambda: best_of_n(model, prompts, REWARD, n=samples, rows=rows, **common),
+        f"best-of-n, {WIDE} rows": lambda: best_of_n(model, prompts, REWARD, n=samples, rows=WIDE, **common),
+    }
+    spent = {label: [] for label in arms}
+    for _ in range(args.repeats):
+        for label, arm in arms.items():
+            spent[label].append(timed(arm))
+    if len(prompts) == args.prompts:
+        spent["transformers generate"] = [timed(lambda: hugging_face(model, prompts, args.n, args.rounds, args.tokens))]
+    for label, seconds in spent.items():
+        ratios = sorted(a / b for a, b in zip(spent["AISP"], seconds, strict=False))
+        ratio = f"{statistics.median(ratios):.2f} [{ratios[0]:.2f}, {ratios[-1]:.2f}]"
+        line = [name, len(prompts), label, samples * len(prompts), f"{statistics.median(seconds):.1f}", ratio]
+        print(f"| {' | '.join(map(str, line))} |", flush=True)
 
 
 def main() -> None:
@@ -68,32 +96,18 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=32)
     parser.add_argument("--prompts", type=int, default=4)
     parser.add_argument("--tokens", type=int, default=24)
-    parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--models", default="pocket,stories-260k")
     args = parser.parse_args()
-    print("| model | method | samples | wall s | CPU s | of best-of-n (CPU) |\n|---|---|---|---|---|---|")
+    torch.set_num_threads(1)
+    print(
+        "| model | prompts | method | samples | CPU s | AISP / method, median [min, max] |\n|---|---|---|---|---|---|"
+    )
     for name, prompts in models().items():
-        if Path(name).name not in args.models.split(","):
-            continue
-        model, prompts = load(name), prompts[: args.prompts]
-        rows, options = args.n * len(prompts), dict(progress=False, max_new_tokens=args.tokens)
-        methods = {
-            "best-of-n": lambda m=model, p=prompts, r=rows, o=options: best_of_n(
-                m, p, REWARD, n=args.n * args.rounds, rows=r, **o
-            ),
-            "AISP": lambda m=model, p=prompts, r=rows, o=options: aisp(
-                m, p, REWARD, n=args.n, iterations=args.rounds, horizon=args.tokens, rows=r, **o
-            ),
-            "transformers generate": lambda m=model, p=prompts: hugging_face(m, p, args.n, args.rounds, args.tokens),
-        }
-        best = {label: (float("inf"), float("inf")) for label in methods}
-        for _ in range(args.repeats):  # alternated, so that a slow minute of the machine falls on every method
-            for label, method in methods.items():
-                best[label] = min(best[label], timed(method), key=lambda pair: pair[1])
-        for label, (wall, cpu) in best.items():
-            ratio = cpu / best["best-of-n"][1]
-            samples = args.n * args.rounds * len(prompts)
-            print(f"| {Path(name).name} | {label} | {samples} | {wall:.1f} | {cpu:.1f} | {ratio:.2f} |", flush=True)
+        if Path(name).name in args.models.split(","):
+            model = load(name)
+            for count in sorted({args.prompts, 1}, reverse=True):
+                measured(Path(name).name, model, prompts[:count], args)
 
 
 if __name__ == "__main__":

@@ -36,9 +36,9 @@ def nested_interval(values: torch.Tensor, resamples: int = 2000) -> tuple[float,
     return values.mean().item(), means[int(0.025 * resamples)].item(), means[int(0.975 * resamples)].item()
 
 
-def measure(out: Path, seeds: int, seconds: float, methods: list[str]) -> None:
+def measure(out: Path, names: list[str], seeds: int, seconds: float, methods: list[str]) -> None:
     model, started = load("pocket"), time.perf_counter()
-    todo = [(name, seed) for seed in range(seeds) for name in world.mappings()]
+    todo = [(name, seed) for seed in range(seeds) for name in names]
     for name, seed in todo:
         file = out / f"{name}.{seed}.json"
         done = json.loads(file.read_text()) if file.is_file() else {}
@@ -66,9 +66,8 @@ def measure(out: Path, seeds: int, seconds: float, methods: list[str]) -> None:
         print(f"{name}, seed {seed}: {time.perf_counter() - started:.0f} s", file=sys.stderr, flush=True)
 
 
-def report(out: Path, seeds: int) -> None:
-    rows = {name: [json.loads((out / f"{name}.{seed}.json").read_text()) for seed in range(seeds)]
-            for name in world.mappings()}  # fmt: skip
+def report(out: Path, names: list[str], seeds: int) -> None:
+    rows = {name: [json.loads((out / f"{name}.{seed}.json").read_text()) for seed in range(seeds)] for name in names}
 
     def values(method: str, metric: str) -> torch.Tensor:
         return torch.tensor([[run[method][metric] for run in runs] for runs in rows.values()])
@@ -95,15 +94,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seeds", type=int, default=4)
+    parser.add_argument("--tasks", default=",".join(world.mappings()))
     parser.add_argument("--methods", default=",".join(METHODS))
     parser.add_argument("--seconds", type=float, default=1e9, help="start nothing after this time")
     parser.add_argument("--report", action="store_true", help="print the tables of what is there")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
+    names = arguments.tasks.split(",")
     if arguments.report:
-        report(arguments.out, arguments.seeds)
+        report(arguments.out, names, arguments.seeds)
     else:
-        measure(arguments.out, arguments.seeds, arguments.seconds, arguments.methods.split(","))
+        measure(arguments.out, names, arguments.seeds, arguments.seconds, arguments.methods.split(","))
 
 
 if __name__ == "__main__":

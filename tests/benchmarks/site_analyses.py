@@ -37,6 +37,7 @@ from circuits.alphas import bootstrap
 
 TASKS = ("opposite", "uppercase", "plural", "english_vela", "next", "fruit_of_3", "animal_of_3")
 TEST_ROWS = 60
+PULLS = (0.01, 0.1, 1.0)
 
 
 def saturated(alpha: torch.Tensor) -> float:
@@ -119,8 +120,8 @@ def transfers(model, test, embeddings, selections, names) -> None:
           f"the diagonal {found.cosine[away].mean():.2f}, Jaccard {found.jaccard[away].mean():.2f}")  # fmt: skip
 
 
-def single_heads(model, train, test, embeddings, selections, names, steps) -> None:
-    first, second, third, correlations = [], [], [], []
+def single_heads(model, train, test, embeddings, selections, names) -> None:
+    first, second, correlations = [], [], []
     for name in names:
         few = (model, test[name], embeddings[name])
         left_out = leave_one_out(*few, selections[name])
@@ -129,22 +130,16 @@ def single_heads(model, train, test, embeddings, selections, names, steps) -> No
         rise = f"{left_out[best]:+.2f} [{low[best]:+.2f}, {high[best]:+.2f}]"
         helps, hurts = str(int((low > 0).sum())), str(int((high < 0).sum()))
         first.append([name, str(best), rise, f"{alpha[best]:.2f}", helps, hurts])
-        roles = head_roles(
-            model, train[name], embeddings[name], chg=1.0, steps=steps, validate_every=20, progress=False
-        )
-        counts = [int((getattr(roles, role).values > 0.5).sum()) for role in ("needed", "harmful", "indifferent")]
-        second.append([name, *map(str, counts), str(left_out.values.numel() - sum(counts))])
         pairs = train[name].paired(30, 5)
         others = {
             "leave-one-out": left_out,
-            "needed": roles.needed,
             "slope": slope(model, train[name], embeddings[name]),
             "indirect effect": indirect_effect(model, train[name], embeddings[name], n_shots=5, n_prompts=25),
             "CD-T, zero means": relevance(model, pairs, means="zero", progress=False),
             "CD-T, task means": relevance(model, pairs, means="task", progress=False),
         }
         correlations.append({label: selections[name].correlation(scores) for label, scores in others.items()})
-        third.append([name, *(f"{c['spearman']:+.2f} / {c['top10']:.1f}" for c in correlations[-1].values())])
+        second.append([name, *(f"{c['spearman']:+.2f} / {c['top10']:.1f}" for c in correlations[-1].values())])
     header = [
         "mapping",
         "costliest head",
@@ -154,11 +149,27 @@ def single_heads(model, train, test, embeddings, selections, names, steps) -> No
         "heads that hurt",
     ]
     lines(header, first, "Leave one head out (32 heads; help and hurt: interval beyond 0)")
-    lines(["mapping", "needed", "harmful", "indifferent", "none of the three"], second, "Roles: heads over 0.5")
     title = "Mean α of the seeds against other scores: Spearman / share of the top ten in common (0.31 by chance)"
-    lines(["mapping", *correlations[0]], third, title)
+    lines(["mapping", *correlations[0]], second, title)
     means = {label: interval([c[label]["spearman"] for c in correlations], "+.2f") for label in correlations[0]}
     print("mean Spearman over mappings: " + "; ".join(f"{label} {value}" for label, value in means.items()))
+
+
+def head_kinds(model, train, embeddings, names, steps) -> None:
+    """How many heads each role gets, for a weak, a middling and a strong pull."""
+    rows = []
+    for name in names:
+        cells = [name]
+        for pull in PULLS:
+            found = head_roles(
+                model, train[name], embeddings[name], chg=pull, steps=steps, validate_every=20, progress=False
+            )
+            counts = [int((getattr(found, role).values > 0.5).sum()) for role in ("needed", "harmful", "indifferent")]
+            best = found.needed.rank()[0]
+            cells.append(f"{' / '.join(map(str, counts))} ({best})")
+        rows.append(cells)
+    header = ["mapping", *(f"pull {pull:g}" for pull in PULLS)]
+    lines(header, rows, "Roles: heads over 0.5 that are needed / harmful / indifferent (the most needed one)")
 
 
 def main() -> None:
@@ -181,7 +192,8 @@ def main() -> None:
     seeds_and_nulls(found, names)
     curves(model, test, embeddings, selections, names)
     transfers(model, test, embeddings, selections, names)
-    single_heads(model, train, test, embeddings, selections, names, arguments.steps)
+    head_kinds(model, train, embeddings, names, arguments.steps)
+    single_heads(model, train, test, embeddings, selections, names)
     print(f"\n({time.process_time() - started:.0f} CPU seconds)")
 
 
