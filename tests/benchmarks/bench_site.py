@@ -20,7 +20,7 @@ from circuits.fewshot import encode_prompts
 from circuits.prefix import frozen, mix
 from interventions import inject
 
-SEEDS = (0, 1)
+SEEDS = (0, 1, 2)
 REPEATS = 200
 
 
@@ -70,11 +70,11 @@ def fits(model, train, held, embedding):
     ways = {
         "full prompts, batch 1 (400 steps)": lambda s: plain_loop(model, train, held, mean, seed=s),
         "prefix cache, batch 1 (400 steps)": lambda s: select_heads(model, train, mean, batch_size=1, seed=s, **few),
-        "prefix cache, batch 32 (40 steps)": lambda s: select_heads(
-            model, train, mean, batch_size=32, steps=40, validate_every=20, seed=s, **few
+        "prefix cache, batch 32, lr 0.3 (28 steps)": lambda s: select_heads(
+            model, train, mean, batch_size=32, lr=0.3, steps=28, validate_every=14, seed=s, **few
         ),
         "the same, 8 seeds in one backward": lambda s: select_heads(
-            model, train, mean, batch_size=32, steps=40, validate_every=20, seed=s, seeds=8, **few
+            model, train, mean, batch_size=32, lr=0.3, steps=28, validate_every=14, seed=s, seeds=8, **few
         ),
     }
     losses, seconds = {name: [] for name in ways}, {name: [] for name in ways}
