@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: demo test check bench clean
+.PHONY: demo test check bench break-once clean
 
 demo: $(VENV)/.installed
 	$(BIN)/luthier demo --out demo
@@ -20,6 +20,10 @@ check: $(VENV)/.tests
 
 bench: $(VENV)/.tests
 	for file in tests/benchmarks/bench_*.py; do $(BIN)/python $$file || exit 1; done
+
+# Breaks the code for each test and keeps what the test said; stop and start it as you like.
+break-once: $(VENV)/.tests
+	OMP_NUM_THREADS=1 $(BIN)/python tests/break_once/break_once.py
 
 # torch first and by its exact version: where a CPU build is offered this takes it.
 $(VENV)/.installed: pyproject.toml constraints.txt

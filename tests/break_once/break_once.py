@@ -23,6 +23,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
 from forks import PROJECT, Forks, sources
 from mutants import mistakes_of
 
@@ -158,7 +159,11 @@ def main() -> None:
     parser.add_argument("--again", action="store_true", help="look again at tests that survived or only crashed")
     asked = parser.parse_args()
     search = Search(asked.seconds, asked.tries, asked.again)
-    sys.exit(pytest.main(["-q", "-s", "-p", "no:cacheprovider", f"--rootdir={PROJECT}", *asked.tests], plugins=[search, search.forks]))
+    sys.exit(
+        pytest.main(
+            ["-q", "-s", "-p", "no:cacheprovider", f"--rootdir={PROJECT}", *asked.tests], plugins=[search, search.forks]
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from typing import Any
 
 import coverage
 import pytest
+
 from mutants import broken, install
 
 PROJECT = Path(__file__).resolve().parents[2]
@@ -78,7 +79,10 @@ class Forks:
     def warm_up(self, items: list[pytest.Item]) -> None:
         """Import what the tests will import, and find every function of the project by where it stands."""
         self.items = {item.nodeid: item for item in items}
-        for name in (*WARM, *(file.removesuffix(".py").removesuffix("/__init__").replace("/", ".") for file in sources())):
+        for name in (
+            *WARM,
+            *(file.removesuffix(".py").removesuffix("/__init__").replace("/", ".") for file in sources()),
+        ):
             importlib.import_module(name)
         install()
         self.functions = defaultdict(list)
@@ -125,7 +129,10 @@ class Forks:
                     more = coverage.CoverageData(str(part))
                     more.read()
                     data.update(more)
-                found = {str(Path(file).relative_to(PROJECT)): sorted(data.lines(file) or []) for file in data.measured_files()}
+                found = {
+                    str(Path(file).relative_to(PROJECT)): sorted(data.lines(file) or [])
+                    for file in data.measured_files()
+                }
                 return {file: numbers for file, numbers in found.items() if numbers}
 
             for _, failure, seconds, found in self.run([name], 600, meter.start, lines, BREAK_ONCE_LINES=folder):

@@ -79,14 +79,14 @@ def alternatives(node: ast.AST) -> Iterator[ast.AST]:
             yield ast.Assign(targets, ast.Call(ast.Name("corrupted", ast.Load()), [value], []))
 
 
-def mistakes(tree: ast.Module) -> Iterator[Mistake]:
+def mistakes(parent: ast.AST) -> Iterator[Mistake]:
     """Every mistake in the fixed order of the tree; docstrings, annotations and decorators are left alone."""
-    for parent in list(ast.walk(tree)):
-        for name, field in ast.iter_fields(parent):
-            for place, node in enumerate(field if isinstance(field, list) else [field]):
-                if isinstance(node, ast.AST) and name not in SAYS_NOTHING and not _is_docstring(node):
-                    for other in alternatives(node):
-                        yield _mistake(parent, name, field, place, node, other)
+    for name, field in ast.iter_fields(parent):
+        for place, node in enumerate(field if isinstance(field, list) else [field]):
+            if isinstance(node, ast.AST) and name not in SAYS_NOTHING and not _is_docstring(node):
+                for other in alternatives(node):
+                    yield _mistake(parent, name, field, place, node, other)
+                yield from mistakes(node)
 
 
 def _is_docstring(node: ast.AST) -> bool:
