@@ -80,12 +80,13 @@ class Search:
                     continue
                 self.measured[name] = found | {"sources": {file: digest(self.texts[file]) for file in found["lines"]}}
         MEASURED.parent.mkdir(exist_ok=True)
-        MEASURED.write_text(json.dumps(self.measured))
+        ours = {name: self.measured[name] for name in todo if name in self.measured}
+        MEASURED.write_text(json.dumps(read(MEASURED) | ours))
 
     def search(self, todo: list[str]) -> None:
         self.mistakes = {file: mistakes_of(text) for file, text in self.texts.items()}
         self.runners = defaultdict(set)  # who runs a line
-        for name in filter(self.is_measured, self.digests):
+        for name in filter(self.is_measured, self.measured):
             for file, lines in self.measured[name]["lines"].items():
                 for line in lines:
                     self.runners[file, line].add(name)
@@ -147,7 +148,9 @@ class Search:
                     crashed.setdefault(name, entry)
 
     def save(self) -> None:
-        lines = [f"{json.dumps(name)}: {json.dumps(self.seen[name], sort_keys=True)}" for name in sorted(self.seen)]
+        """One line for each test. Read again, since another search may have looked at other tests meanwhile."""
+        seen = read(SEEN) | {name: self.seen[name] for name in self.digests if not self.is_new(name)}
+        lines = [f"{json.dumps(name)}: {json.dumps(entry, sort_keys=True)}" for name, entry in sorted(seen.items())]
         SEEN.write_text("{\n" + ",\n".join(lines) + "\n}\n")
 
 
@@ -159,11 +162,8 @@ def main() -> None:
     parser.add_argument("--again", action="store_true", help="look again at tests that survived or only crashed")
     asked = parser.parse_args()
     search = Search(asked.seconds, asked.tries, asked.again)
-    sys.exit(
-        pytest.main(
-            ["-q", "-s", "-p", "no:cacheprovider", f"--rootdir={PROJECT}", *asked.tests], plugins=[search, search.forks]
-        )
-    )
+    options = ["-q", "-s", "-p", "no:cacheprovider", f"--rootdir={PROJECT}"]
+    sys.exit(pytest.main([*options, *asked.tests], plugins=[search, search.forks]))
 
 
 if __name__ == "__main__":

@@ -79,10 +79,8 @@ class Forks:
     def warm_up(self, items: list[pytest.Item]) -> None:
         """Import what the tests will import, and find every function of the project by where it stands."""
         self.items = {item.nodeid: item for item in items}
-        for name in (
-            *WARM,
-            *(file.removesuffix(".py").removesuffix("/__init__").replace("/", ".") for file in sources()),
-        ):
+        ours = [file.removesuffix(".py").removesuffix("/__init__").replace("/", ".") for file in sources()]
+        for name in (*WARM, *ours):
             importlib.import_module(name)
         install()
         self.functions = defaultdict(list)
@@ -129,11 +127,8 @@ class Forks:
                     more = coverage.CoverageData(str(part))
                     more.read()
                     data.update(more)
-                found = {
-                    str(Path(file).relative_to(PROJECT)): sorted(data.lines(file) or [])
-                    for file in data.measured_files()
-                }
-                return {file: numbers for file, numbers in found.items() if numbers}
+                found = {file: data.lines(file) for file in data.measured_files()}
+                return {str(Path(file).relative_to(PROJECT)): sorted(ran) for file, ran in found.items() if ran}
 
             for _, failure, seconds, found in self.run([name], 600, meter.start, lines, BREAK_ONCE_LINES=folder):
                 return {"seconds": seconds, "lines": found, "failure": failure}
