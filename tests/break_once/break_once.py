@@ -7,7 +7,8 @@
    function's code is replaced, and processes that a test starts get the mistake from an import hook.
 3. Keep for each test the first mistake that it noticed and what it said (seen_red.json). It is *checked* when its own
    expectation failed. When an exception inside the project stopped it, it has *crashed*, and the search goes on. A test
-   that lets every mistake pass has *survived*: read it, sharpen it, or break by hand what it is about.
+   that lets every mistake pass has *survived*: read it, sharpen it, or break by hand what it is about (by_hand.py, for pages,
+   notebooks and packaging too).
 
 Only tests that are new, edited or unfinished are looked at; stop and start again as you like.
 """
@@ -24,6 +25,7 @@ from pathlib import Path
 
 import pytest
 
+from by_hand import edits_of, failures
 from forks import PROJECT, Forks, sources
 from mutants import mistakes_of
 
@@ -53,6 +55,8 @@ class Search:
         self.digests = {item.nodeid: digest(inspect.getsource(item.function)) for item in session.items}
         todo = [name for name in self.digests if self.unfinished(name)]
         print(f"{len(todo)} of {len(self.digests)} tests to look at", flush=True)
+        self.break_by_hand(todo)
+        todo = list(filter(self.unfinished, todo))
         self.measure(todo)
         self.search([name for name in todo if self.is_measured(name)])
         self.save()
@@ -72,11 +76,18 @@ class Search:
         files = self.measured.get(name, {}).get("sources")
         return files is not None and all(digest(self.texts.get(file, "")) == was for file, was in files.items())
 
+    def break_by_hand(self, todo: list[str]) -> None:
+        for edit, names in edits_of(todo):
+            words = f"by hand in {edit.files}: `{edit.old.strip()}` became `{edit.new.strip()}`"
+            for name, said in failures(edit, names).items():
+                self.seen[name] = {"test": self.digests[name], "by": "check", "break": words, "saw": said[:120]}
+
     def measure(self, todo: list[str]) -> None:
         for name in todo:
             if not self.is_measured(name) and time.monotonic() < self.end and (found := self.forks.measure(name)):
-                if found["failure"]:
-                    print(f"fails unbroken: {name}: {found['failure']['saw']}", flush=True)
+                if failure := found.pop("failure"):
+                    print(f"{failure['by']} unbroken: {name}: {failure['saw']}", flush=True)
+                    self.seen[name] = {"test": self.digests[name]} | failure
                     continue
                 self.measured[name] = found | {"sources": {file: digest(self.texts[file]) for file in found["lines"]}}
         MEASURED.parent.mkdir(exist_ok=True)

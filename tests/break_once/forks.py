@@ -74,6 +74,8 @@ class Forks:
             crash |= call.excinfo.type.__module__.split(".")[0] in ("beartype", "jaxtyping")
             said = f"{call.excinfo.typename}: {call.excinfo.value}".strip().split("\n")[0][:120]
             self.failure = {"by": "crash" if crash else "check", "saw": said}
+        elif report.skipped and not hasattr(report, "wasxfail"):
+            self.failure = {"by": "skipped", "saw": str(call.excinfo.value)}
         return report
 
     def warm_up(self, items: list[pytest.Item]) -> None:

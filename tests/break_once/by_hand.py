@@ -1,0 +1,89 @@
+"""Breaks of what is not Python source: pages, notebooks, packaging and the tests' own tools, made in a temporary copy."""
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import NamedTuple
+
+PROJECT = Path(__file__).resolve().parents[2]
+
+
+class Edit(NamedTuple):
+    """In each of the files the first `old` becomes `new`; an empty `old` stands for the end of the file, which may be a new one."""
+
+    tests: str
+    files: str
+    old: str
+    new: str
+
+
+def imports(package: str) -> str:
+    return f"\n\ndef _late():\n    import {package}\n"
+
+
+MISTAKES = "tests/break_once/mutants.py"
+NEW_MODULES = "circuits/load.py interventions/restrict.py viz/heatmap.py"
+RIVAL = "rival-1.0.dist-info/METADATA rival-1.0.dist-info/top_level.txt"
+EDITS = [
+    Edit("test_docs.py::test_python_blocks_parse*", "README.md docs/*.md", "", "\n```python\nfor\n```\n"),
+    Edit("test_docs.py::test_links_to_files*", "README.md docs/*.md", "", "\n[nowhere](nowhere.md)\n"),
+    Edit("test_docs.py::test_the_reference_is_up_to_date", "circuits/heads.py", "One attention head;", "A head;"),
+    Edit("test_packaging.py::test_packages_import_one_way[[]circuits]", "circuits/heads.py", "", imports("viz")),
+    Edit(
+        "test_packaging.py::test_packages_import_one_way[[]interventions]", "interventions/sift.py", "", imports("viz")
+    ),
+    Edit("test_packaging.py::test_packages_import_one_way[[]viz]", "viz/theme.py", "", imports("interventions")),
+    Edit(
+        "test_packaging.py::test_the_contents_page*", "*/__init__.pyi", "", "\nfrom .heads import Nothing as Nothing\n"
+    ),
+    Edit("test_packaging.py::test_a_cold_import*", "circuits/__init__.py", "", "\nimport torch\n"),
+    Edit("test_packaging.py::test_circuits_loads_no*", "circuits/lens.py", "", "\nimport transformers\n"),
+    Edit("test_packaging.py::test_no_other_*", RIVAL, "", "Name: rival\ncircuits\n"),
+    Edit("test_packaging.py::test_no_module_is*", NEW_MODULES, "", "\n"),
+    Edit("test_notebooks.py::test_there_is_one*", "notebooks/07_one_more.ipynb", "", "{}"),
+    Edit(
+        "test_notebooks.py::test_notebooks_are_*", "notebooks/*.ipynb", '"execution_count": 1', '"execution_count": 7'
+    ),
+    Edit("test_notebooks.py::test_a_number_that*", "tests/test_notebooks.py", "TOLERANCE *", "9 * TOLERANCE *"),
+    Edit("test_mutants.py::test_each_kind*", MISTAKES, "case ast.Raise() |", "case"),
+    Edit("test_mutants.py::test_a_mistake_is*", MISTAKES, "return Mistake(", "return Mistake(1 or "),
+    Edit(
+        "test_mutants.py::test_a_corrupted*", MISTAKES, "    if hasattr(value", "    return value\n    if hasattr(value"
+    ),
+    Edit("test_mutants.py::test_a_process*", MISTAKES, '("BREAK_ONCE")', '("BROKEN")'),
+    Edit("test_mutants.py::test_every_source*", MISTAKES, "ast.fix_missing_locations(tree)", "ast.Module([tree], [])"),
+]
+
+
+def edits_of(names: list[str]) -> Iterator[tuple[Edit, list[str]]]:
+    for edit in EDITS:
+        if chosen := [name for name in names if fnmatch(name, f"tests/{edit.tests}")]:
+            yield edit, chosen
+
+
+def failures(edit: Edit, names: list[str]) -> dict[str, str]:
+    """What each of the tests that fail says, in a copy of the project with the edit made."""
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder) / "project"
+        shutil.copytree(PROJECT, copy, ignore=shutil.ignore_patterns(".*", "artifacts", "demo", "__pycache__"))
+        for pattern in edit.files.split():
+            for file in list(copy.glob(pattern)) or [copy / pattern]:
+                make(edit, file)
+        command = [sys.executable, "-m", "pytest", "-q", "-rfE", "--tb=no", "-p", "no:cacheprovider", *names]
+        environment = {**os.environ, "COLUMNS": "250"}
+        said = subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True).stdout
+    lines = [line.removeprefix("FAILED ").removeprefix("ERROR ") for line in said.splitlines()]
+    return {name: line.removeprefix(f"{name} - ") for name in names for line in lines if line.startswith(f"{name} - ")}
+
+
+def make(edit: Edit, file: Path) -> None:
+    file.parent.mkdir(exist_ok=True)
+    text = file.read_text() if file.exists() else ""
+    if edit.old and edit.old not in text:
+        raise ValueError(f"{edit.old!r} is not in {file.name} any more; change the edit for {edit.tests}")
+    file.write_text(text.replace(edit.old, edit.new, 1) if edit.old else text + edit.new)
