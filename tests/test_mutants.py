@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from break_once.mutants import broken, corrupted, mistakes_of
+from mutants import broken, corrupted, mistakes_of
 
 MUTANTS = Path(__file__).parent / "break_once" / "mutants.py"
 SOURCE = '''

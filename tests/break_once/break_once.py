@@ -3,7 +3,7 @@
 1. Collect the tests and import the project once, then fork for everything that follows (forks.py): a fork costs hundredths of
    a second. Note which source lines each test runs, in the processes that it starts too.
 2. Until each test has failed once: take the cheapest that has not, and make a small mistake (mutants.py) in a line that few
-   other tests run, a different line each time; run the unfinished tests that run this line. No file is changed: in a fork the
+   other tests, or few other test files, run; run the unfinished tests that run this line. No file is changed: in a fork the
    function's code is replaced, and processes that a test starts get the mistake from an import hook.
 3. Keep for each test the first mistake that it noticed and what it said (seen_red.json). It is *checked* when its own
    expectation failed. When an exception inside the project stopped it, it has *crashed*, and the search goes on. A test
@@ -31,7 +31,7 @@ from mutants import mistakes_of
 
 SEEN = Path(__file__).with_name("seen_red.json")
 MEASURED = PROJECT / "artifacts" / "measured_tests.json"
-BATCH_SECONDS = 20
+BATCH_SECONDS = 60
 
 
 def digest(text: str) -> str:
@@ -52,6 +52,7 @@ class Search:
         """In place of running the tests one after the other, as pytest would."""
         self.forks.warm_up(session.items)
         self.texts = sources()
+        self.versions = {file: digest(text) for file, text in self.texts.items()}
         self.digests = {item.nodeid: digest(inspect.getsource(item.function)) for item in session.items}
         todo = [name for name in self.digests if self.unfinished(name)]
         print(f"{len(todo)} of {len(self.digests)} tests to look at", flush=True)
@@ -74,7 +75,7 @@ class Search:
     def is_measured(self, name: str) -> bool:
         """Whether its lines are known, of sources as they are now."""
         files = self.measured.get(name, {}).get("sources")
-        return files is not None and all(digest(self.texts.get(file, "")) == was for file, was in files.items())
+        return files is not None and all(self.versions.get(file) == was for file, was in files.items())
 
     def break_by_hand(self, todo: list[str]) -> None:
         for edit, names in edits_of(todo):
@@ -89,18 +90,19 @@ class Search:
                     print(f"{failure['by']} unbroken: {name}: {failure['saw']}", flush=True)
                     self.seen[name] = {"test": self.digests[name]} | failure
                     continue
-                self.measured[name] = found | {"sources": {file: digest(self.texts[file]) for file in found["lines"]}}
+                self.measured[name] = found | {"sources": {file: self.versions[file] for file in found["lines"]}}
         MEASURED.parent.mkdir(exist_ok=True)
         ours = {name: self.measured[name] for name in todo if name in self.measured}
         MEASURED.write_text(json.dumps(read(MEASURED) | ours))
 
     def search(self, todo: list[str]) -> None:
         self.mistakes = {file: mistakes_of(text) for file, text in self.texts.items()}
-        self.runners = defaultdict(set)  # who runs a line
+        self.runners, self.files = defaultdict(set), defaultdict(set)  # the tests, and the test files, that run a line
         for name in filter(self.is_measured, self.measured):
             for file, lines in self.measured[name]["lines"].items():
                 for line in lines:
                     self.runners[file, line].add(name)
+                    self.files[file, line].add(name.partition("::")[0])
         queues = {name: self.candidates(name) for name in sorted(todo, key=self.seconds)}
         tried, crashed = defaultdict(set), {}
         for name, queue in queues.items():
@@ -108,8 +110,9 @@ class Search:
             for _ in range(tries):
                 if time.monotonic() > self.end:
                     return
-                chosen = next((each for each in queue if each not in tried[name]), None)
-                if chosen is None or not self.is_new(name) and self.seen[name]["by"] == "check":
+                if not self.is_new(name) and self.seen[name]["by"] == "check":
+                    break
+                if (chosen := next((each for each in queue if each not in tried[name]), None)) is None:
                     break
                 group = self.group(name, chosen, [each for each in queues if chosen not in tried[each]])
                 for each in group:
@@ -124,16 +127,19 @@ class Search:
         return self.measured[name]["seconds"]
 
     def candidates(self, name: str) -> Iterator[tuple[str, int]]:
-        """Mistakes in the lines that a test runs: one in each line, the line that fewest tests run first; then second ones."""
+        """Mistakes in the lines that a test runs: by turns in a line that is its file's own and in one that is its own."""
         lines = {(file, line) for file, lines in self.measured[name]["lines"].items() for line in lines}
         by_line = defaultdict(list)
         for file in self.measured[name]["lines"]:
             for n, mistake in enumerate(self.mistakes[file]):
                 if (file, mistake.line) in lines:
                     by_line[file, mistake.line].append((file, n))
-        ranked = sorted(by_line, key=lambda place: (len(self.runners[place]), place))
+        runners = {place: (len(self.files[place]), len(self.runners[place])) for place in by_line}
+        files_own = sorted(by_line, key=lambda place: (runners[place][0], -runners[place][1], place))
+        tests_own = sorted(by_line, key=lambda place: (runners[place][1], place))
         for turn in range(max(map(len, by_line.values()), default=0)):
-            yield from (by_line[place][turn] for place in ranked if turn < len(by_line[place]))
+            for pair in zip(files_own, tests_own, strict=True):
+                yield from (by_line[place][turn] for place in pair if turn < len(by_line[place]))
 
     def group(self, name: str, chosen: tuple[str, int], others: list[str]) -> list[str]:
         """The test and other unfinished ones that run the line, the cheapest first, as many as fit in a batch."""
@@ -149,7 +155,7 @@ class Search:
     def make(self, chosen: tuple[str, int], group: list[str], crashed: dict) -> None:
         file, n = chosen
         mistake = self.mistakes[file][n]
-        limit = 10 + 4 * sum(map(self.seconds, group))
+        limit = 5 + 3 * sum(map(self.seconds, group))
         for name, failure, _, _ in self.forks.run_broken(file, n, group, limit):
             if failure:
                 entry = failure | {"break": f"{file}:{mistake.line} {mistake.words()}"}
