@@ -63,6 +63,16 @@ def test_python_blocks_run(page, tmp_path, monkeypatch, capsys, request):
             compare(printed, block["output"])
 
 
+def test_files_and_pictures_the_readme_names_exist():
+    text = (PROJECT / "README.md").read_text()
+    named = re.findall(r"`((?:circuits|interventions|viz|docs)/[\w/.]+)`", text) + re.findall(
+        r'(?:src|srcset)="([^"]+)"', text
+    )
+    assert len(named) > 10
+    for target in named:
+        assert (PROJECT / target).exists(), f"README names {target}"
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_to_files_lead_somewhere(page):
     for target in re.findall(r"\]\((?!https?:|#|mailto:)([^)#\s]+)", page.read_text()):
