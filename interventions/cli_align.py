@@ -99,7 +99,7 @@ def parse_reward(given: str, option: str) -> "Reward":
 
     from .rewards import classifier_reward, likelihood_reward, rowwise
 
-    pairs = parse_pairs(given, option) or {}
+    pairs = (parse_pairs(given, option) if "=" in given else {}) or {}
     kind = next((name for name in ("classifier", "likelihood", "python") if name in pairs), None)
     extra = set(pairs) - {kind, "label", "output"}
     if kind is None or extra or (kind != "classifier" and len(pairs) > 1):

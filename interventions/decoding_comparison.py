@@ -6,6 +6,7 @@
 4. Differences to best-of-n are paired by prompt; the interval is a bootstrap over prompts (seeds averaged first).
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -111,6 +112,8 @@ class DecodingComparison:
     def statement(self) -> str:
         """In words: where AISP beats the others and where it does not."""
         lines = []
+        if len(self.runs["AISP"][0].prompts) < 2:
+            lines.append("one prompt has no interval and decides nothing; give several")
         for other in [label for label in self.runs if label != "AISP"]:
             middle, low, high = self.difference("AISP", other)
             verdict = "beats" if low > 0 else "loses to" if high < 0 else "is not distinguishable from"
@@ -122,7 +125,9 @@ class DecodingComparison:
 
 
 def interval(values: Float[Tensor, " prompt"], resamples: int = 2000) -> tuple[float, float, float]:
-    """Mean and 95% percentile bootstrap over prompts."""
+    """Mean and 95% percentile bootstrap over prompts; one prompt has no interval (NaN)."""
+    if len(values) < 2:
+        return float(values.mean()), math.nan, math.nan
     generator = torch.Generator().manual_seed(0)
     draws = torch.randint(len(values), (resamples, len(values)), generator=generator)
     means = values.double()[draws].mean(1).sort().values
@@ -131,4 +136,4 @@ def interval(values: Float[Tensor, " prompt"], resamples: int = 2000) -> tuple[f
 
 def shown(values: tuple[float, float, float], sign: str = "") -> str:
     middle, low, high = values
-    return f"{middle:{sign}.2f} [{low:{sign}.2f}, {high:{sign}.2f}]"
+    return f"{middle:{sign}.2f}" + ("" if math.isnan(low) else f" [{low:{sign}.2f}, {high:{sign}.2f}]")

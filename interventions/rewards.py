@@ -74,6 +74,8 @@ def classifier_reward(model: Any, tokenizer: Any = None, *, label: str | int | N
         tokenizer = tokenizer or AutoTokenizer.from_pretrained(model)
     if tokenizer is None:
         raise ValueError("a classifier reward reads text: give its tokenizer")
+    if getattr(hf, "get_output_embeddings", lambda: None)() is not None:
+        raise ValueError(f"{type(hf).__name__} is no sequence classifier; for a language model use likelihood_reward")
     column = label_column(hf.config, label)
     if output != "logit" and hf.config.num_labels == 1:
         raise ValueError(
@@ -129,6 +131,8 @@ def label_column(config: Any, label: str | int | None) -> int:
     names = {int(k): v for k, v in (config.id2label or {}).items()}
     if label is None and config.num_labels == 1:
         return 0
+    if label is None:
+        raise ValueError(f"this classifier has several labels, {', '.join(names.values())}; choose one with label=")
     if isinstance(label, int) and 0 <= label < config.num_labels:
         return label
     matches = [k for k, v in names.items() if v == label]

@@ -61,6 +61,7 @@ def test_align_compares_with_the_baselines(tmp_path, monkeypatch, capsys):
     "arguments, message",
     [
         (["--prompt", "the", "--reward", "beauty=yes"], "--reward 'beauty=yes'; expected classifier=MODEL"),
+        (["--prompt", "the", "--reward", "beauty"], "--reward 'beauty'; expected classifier=MODEL"),
         (["--prompt", "the", "--reward", "python=no.py:f"], "no file 'no.py'; expected python=FILE.py:FUNCTION"),
         (["--prompt", "the", "--reward", "python={rule}:beauty"], "has no function 'beauty'"),
         (["--reward", "likelihood=pocket"], "give prompts with --prompt TEXT"),

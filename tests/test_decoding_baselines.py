@@ -126,6 +126,13 @@ def test_interval_of_a_constant_is_that_constant():
     assert middle == 49.5 and 42 < low < 46 and 53 < high < 57 and math.isfinite(low)
 
 
+def test_one_prompt_has_no_interval_and_the_statement_says_so():
+    out = compare_decoding(tiny_with_words("llama"), PROMPTS[:1], REWARD, n=4, iterations=2, horizon=4, equal_seconds=False,
+                           progress=False)  # fmt: skip
+    assert "one prompt has no interval" in out.statement() and "beats" not in out.statement()
+    assert "loses" not in out.statement() and "[" not in out.table() and "nan" not in out.table()
+
+
 def test_bad_baseline_numbers_are_named():
     with pytest.raises(ValueError, match="expected n >= 1, temperature > 0"):
         best_of_n(tiny_with_words("llama"), PROMPTS, REWARD, n=0)

@@ -44,6 +44,10 @@ def test_classifier_labels_that_do_not_exist_are_named():
         ValueError, match="label 'good' is not one of this classifier's labels: LABEL_0, LABEL_1, LABEL_2"
     ):
         classifier_reward(load(tiny("llama-classifier"), word_tokenizer()), label="good")
+    with pytest.raises(ValueError, match="several labels, LABEL_0, LABEL_1, LABEL_2; choose one with label="):
+        classifier_reward(load(tiny("llama-classifier"), word_tokenizer()))
+    with pytest.raises(ValueError, match="LlamaForCausalLM is no sequence classifier; for a language model use"):
+        classifier_reward(load(tiny("llama"), word_tokenizer()), label=0)
     with pytest.raises(ValueError, match="give its tokenizer"):
         classifier_reward(load(tiny("llama-classifier")), label=0)
 
