@@ -8,6 +8,7 @@ import pytest
 
 PROJECT = Path(__file__).resolve().parents[1]
 PAGES = sorted([PROJECT / "README.md", *(PROJECT / "docs").glob("*.md")])
+PROGRAMS = [page for page in PAGES if page.name != "reference.md"]  # which shows signatures
 BLOCK = re.compile(r"^```python(?P<info>[^\n]*)\n(?P<code>.*?)^```\n(?:\s*```text\n(?P<output>.*?)^```)?", re.M | re.S)
 NUMBER = re.compile(r"[-+]?\d+(?:,\d{3})*(?:\.\d+)?")
 
@@ -28,26 +29,23 @@ def compare(printed: str, stated: str) -> None:
         assert float(found.replace(",", "")) == pytest.approx(float(said.replace(",", "")), rel=0.05, abs=0.02), printed
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PROGRAMS, ids=lambda page: page.name)
 def test_python_blocks_parse(page):
-    if page.name == "reference.md":
-        pytest.skip("the reference shows signatures, not programs")
     for block in blocks(page):
         compile(block["code"], page.name, "exec")
     assert page.read_text().startswith("# "), "a page begins with its title"
 
 
-@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.* is deprecated:FutureWarning")  # TRL's own option
-@pytest.mark.filterwarnings("ignore:Sparse invariant checks are implicitly disabled:UserWarning")  # PEFT's SHiRA
-@pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true:UserWarning")  # Trainers without a GPU
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PROGRAMS, ids=lambda page: page.name)
 def test_every_python_block_runs_somewhere(page):
     """`launched` ones are scripts: test_dropin.py runs them in processes of their own."""
     launched = ("launched",) if page.name == "restricted_training.md" else ()
-    if page.name != "reference.md":
-        assert {block["info"].strip() for block in blocks(page)} <= {"run", "run shared", *launched}
+    assert {block["info"].strip() for block in blocks(page)} <= {"run", "run shared", *launched}
 
 
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.* is deprecated:FutureWarning")  # TRL's own option
+@pytest.mark.filterwarnings("ignore:Sparse invariant checks are implicitly disabled:UserWarning")  # PEFT's SHiRA
+@pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true:UserWarning")  # Trainers without a GPU
 @pytest.mark.parametrize("page", [p for p in PAGES if runnable(p)], ids=lambda page: page.name)
 def test_python_blocks_run(page, tmp_path, monkeypatch, capsys, request):
     if any("shared" in block["info"] for block in runnable(page)):

@@ -31,6 +31,8 @@ NEW_MODULES = "circuits/load.py interventions/restrict.py viz/heatmap.py"
 RIVAL = "rival-1.0.dist-info/METADATA rival-1.0.dist-info/top_level.txt"
 EDITS = [
     Edit("test_docs.py::test_python_blocks_parse*", "README.md docs/*.md", "", "\n```python\nfor\n```\n"),
+    Edit("test_docs.py::test_every_python_block*", "README.md docs/*.md", "", "\n```python sketch\npass\n```\n"),
+    Edit("test_docs.py::test_files_and_pictures*", "README.md", "", "`docs/nowhere.md`"),
     Edit("test_docs.py::test_links_to_files*", "README.md docs/*.md", "", "\n[nowhere](nowhere.md)\n"),
     Edit("test_docs.py::test_the_reference_is_up_to_date", "circuits/heads.py", "One attention head;", "A head;"),
     Edit("test_packaging.py::test_packages_import_one_way[[]circuits]", "circuits/heads.py", "", imports("viz")),
@@ -49,7 +51,9 @@ EDITS = [
     Edit(
         "test_notebooks.py::test_notebooks_are_*", "notebooks/*.ipynb", '"execution_count": 1', '"execution_count": 7'
     ),
-    Edit("test_notebooks.py::test_a_number_that*", "tests/test_notebooks.py", "TOLERANCE *", "9 * TOLERANCE *"),
+    Edit("test_notebooks.py::test_every_notebook_shows*", "notebooks/*.ipynb", '"image/png"', '"image/gif"'),
+    Edit("test_notebooks.py::test_a_notebook_runs*", "circuits/pocket/model/config.json", "10000.0", "10.0"),
+    Edit("test_notebooks.py::test_a_number_that*", "tests/test_notebooks.py", "> tolerance *", "> 9 * tolerance *"),
     Edit("test_mutants.py::test_each_kind*", MISTAKES, "case ast.Raise() |", "case"),
     Edit("test_mutants.py::test_a_mistake_is*", MISTAKES, "return Mistake(", "return Mistake(1 or "),
     Edit(
