@@ -50,21 +50,18 @@ def measure(
     `luthier interfere measure runs/helpful runs/harmless --model pocket --view head --out runs/collision`
     """
     options = dict(locals())
-    import viz
     from circuits import measure_interference
+
+    from .cli_report import write_report
 
     loaded = load_model(model)
     sources = [_source(path, kind, loaded, n) for path, kind in ((first, first_as), (second, second_as))]
     measured = measure_interference(*sources, model=loaded, K=k, view=view, progress=not json_)
     measured.save(out / "interference.json")
-    figures = [viz.interference(measured), viz.spectrum(measured)]
     if view == "head":
         measured.scores().save(out / "scores")
-        figures.insert(0, viz.heatmap(measured.scores(), title="Cosine of the two objectives, per head"))
     save_run(out, "interfere measure", options)
-    viz.report(
-        out / "report.html", {"Interference": figures}, title=f"luthier interfere: {first.name} and {second.name}"
-    )
+    write_report(out, out / "report.html", f"luthier interfere: {first.name} and {second.name}")
     total = {key: measured.total[key] for key in METRICS}
     if json_:
         print(

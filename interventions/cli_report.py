@@ -8,7 +8,7 @@ import typer
 
 
 def report(
-    folder: Annotated[Path, typer.Argument(help="Folder of a discover, tune or demo run.")],
+    folder: Annotated[Path, typer.Argument(help="Folder of a discover, tune, demo or interfere run.")],
     out: Annotated[Path | None, typer.Option(help="Page to write; default: report.html in the folder.")] = None,
     title: Annotated[str | None, typer.Option(help="Title of the page.")] = None,
     json_: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
@@ -29,7 +29,7 @@ def report(
 
 
 def write_report(folder: Path, path: Path, title: str | None = None) -> Path:
-    """Sections for what is there: discovery, faithfulness, mask, tuning; then provenance and the command."""
+    """Sections for what is there: discovery, faithfulness, mask, tuning, interference; then provenance and the command."""
     import viz
     from circuits.files import read_json
 
@@ -44,11 +44,12 @@ def write_report(folder: Path, path: Path, title: str | None = None) -> Path:
         _faithfulness(folder),
         _mask(folder),
         _tuning(folder),
+        _interference(folder),
     )
     sections = {name: items for part in parts for name, items in part.items()}
     if not sections:
         raise FileNotFoundError(
-            f"{str(folder)!r} holds no scores, curve, mask or tuning results; expected the --out folder of a luthier run"
+            f"{str(folder)!r} holds no scores, curve, mask, tuning results or interference; expected the --out folder of a luthier run"
         )
     run = read_json(folder / "run.json") if (folder / "run.json").is_file() else {}
     options = {key: value for key, value in run.get("options", {}).items() if value is not None}
@@ -88,6 +89,9 @@ def _discovery(folder: Path) -> dict[str, Any]:
     if not stems:
         return {}
     scores = {each.method: each for each in map(HeadScores.load, stems)}
+    scores = {name: each for name, each in scores.items() if not name.startswith("interference")}  # has its own section
+    if not scores:
+        return {}
     circuit = Circuit.load(folder / "circuit.json") if (folder / "circuit.json").is_file() else None
     first = next(iter(scores.values()))
     text = (
@@ -192,3 +196,23 @@ def _tuning(folder: Path) -> dict[str, Any]:
             viz.training(results),
         ]
     return {"Tuning": items}
+
+
+def _interference(folder: Path) -> dict[str, Any]:
+    import viz
+    from circuits.measurement import Interference
+
+    if not (folder / "interference.json").is_file():
+        return {}
+    measured = Interference.load(folder / "interference.json")
+    against = sum(value < 0 for value in measured.values().values())
+    text = (
+        f"Do two objectives pull the same weights apart? By {measured.view}: the cosine of the two updates is "
+        f"{measured.total.cosine:+.3f} over the whole model and below zero (blue) in {against} of {len(measured.overlaps)} "
+        "blocks. At -1 one undoes the other, at 0 they do not meet."
+    )
+    shared = (
+        "Updates can also use the same directions without opposing each other. The curves show how far the leading "
+        "directions are common: 1 is shared, 0 is not; the legend says what chance would give."
+    )
+    return {"Interference": [text, viz.interference(measured), shared, viz.spectrum(measured)]}

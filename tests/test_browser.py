@@ -178,6 +178,19 @@ def test_dark_screens_get_light_text(open_page):
     keep(page, "dark")
 
 
+def test_on_a_narrow_screen_the_page_stays_and_plots_scroll(open_page):
+    """Plots and tables keep a width at which their words do not meet; they move inside their card, the page does not."""
+    rows = [{"text": "a long example " * 12, "answer": "good", "margin": 1.0}]
+    sections = {"Heads": [viz.heatmap(scores(), Circuit([Head(0, 0)], 3, 4)), rows], "Curve": viz.faithful(curve())}
+    page = open_page(sections, title="luthier discover: ../shared/models/with-a-long-name-7b")
+    page.set_viewport_size({"width": 390, "height": 800})
+    page.wait_for_function("document.querySelector('.plot').getBoundingClientRect().width < 800")
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390
+    assert page.evaluate("document.querySelector('.plot').getBoundingClientRect().width") >= 700
+    assert page.evaluate("document.querySelector('.card').scrollWidth > document.querySelector('.card').clientWidth")
+    keep(page, "narrow")
+
+
 def test_a_large_model_is_drawn_without_lag(open_page):
     generator = torch.Generator().manual_seed(0)
     big = HeadScores.from_examples(torch.randn(200, 32, 32, generator=generator), "ablation", model="big")

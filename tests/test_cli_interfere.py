@@ -49,7 +49,10 @@ def test_train_measure_merge(monkeypatch, capsys, folder):
     )
     assert code == 0, err
     assert json.loads(out)["blocks"] == 32 and -1 <= json.loads(out)["total"]["cosine"] <= 1
-    assert (measured / "scores.safetensors").is_file() and (measured / "report.html").is_file()
+    assert (measured / "scores.safetensors").is_file()
+    page, total = (measured / "report.html").read_text(), json.loads(out)["total"]
+    assert f"cosine of the two updates is {total['cosine']:+.3f} over the whole model" in page
+    assert "luthier interfere measure" in page and "Discovery" not in page  # its scores are no effects on a margin
 
     code, out, err = luthier(
         monkeypatch, capsys, "interfere", "merge", folder / "a", folder / "b", "--out", folder / "both", "--json"

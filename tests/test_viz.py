@@ -113,7 +113,11 @@ def test_training_draws_an_arrow_per_arm():
         "before": {"min": {"accuracy": 0.5, "n": 100}, "ind": {"accuracy": 0.8, "n": 400}},
         "after": {"min": {"accuracy": 0.7, "n": 100}, "ind": {"accuracy": 0.75, "n": 400}},
     }
-    (trace,) = training({"circuit": arm}).data
+    figure = training({"circuit": arm | {"task": EVIL}})
+    assert (
+        "tuned on &lt;/script&gt;" in figure.layout.title.text and "min n=100 · ind n=400" in figure.layout.title.text
+    )
+    (trace,) = figure.data
     assert list(trace.x) == [0.8, 0.75] and list(trace.y) == [0.5, 0.7]
     assert trace.error_y.array[0] == pytest.approx(0.05)
     (alone,) = training({"circuit": {when: {"min": at["min"]} for when, at in arm.items()}}).data

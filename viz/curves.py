@@ -121,9 +121,9 @@ def training(
     figure = go.Figure()
     for (name, arm), colour in zip(arms.items(), theme.CATEGORIES * len(arms), strict=False):
         figure.add_trace(_arrow(name, arm, goal, kept, colour))
-    about = theme.describe(
-        *_sizes(next(iter(arms.values())), goal, kept), "from before to after, whiskers: standard error"
-    )
+    first = next(iter(arms.values()))
+    tuned = f"tuned on {first['task']}" if first.get("task") else None
+    about = theme.describe(tuned, *_sizes(first, goal, kept), "from before to after, whiskers: standard error")
     theme.apply(figure, title or "Gained on the target, kept elsewhere", about)
     figure.update_yaxes(title=f"accuracy on {theme.clean(goal)} (target)")
     figure.update_xaxes(

@@ -113,7 +113,8 @@ def _outline(circuit: Circuit) -> list[go.Scatter]:
         left, right, top, bottom = head.head - 0.5, head.head + 0.5, head.layer - 0.5, head.layer + 0.5
         x += [left, right, right, left, left, None]
         y += [top, top, bottom, bottom, top, None]
-    name, look = f"circuit ({len(circuit)} heads)", {"mode": "lines", "hoverinfo": "skip", "legendgroup": "circuit"}
+    name = f"circuit ({len(circuit)} head{'s' * (len(circuit) != 1)})"
+    look = {"mode": "lines", "hoverinfo": "skip", "legendgroup": "circuit"}
     return [
         go.Scatter(x=x, y=y, name=name, line={"color": theme.PAPER, "width": 5}, showlegend=False, **look),
         go.Scatter(x=x, y=y, name=name, line={"color": theme.INK, "width": 2}, showlegend=True, **look),
