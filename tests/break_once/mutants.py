@@ -69,10 +69,13 @@ def alternatives(node: ast.AST) -> Iterator[ast.AST]:
             yield ast.Constant(2 * value + 1)
         case ast.Constant(str() as value):
             yield ast.Constant(value + "~")
-        case ast.Call(ast.Attribute(ast.Name() | ast.Call() | ast.Subscript() as owner, _), _, _):
-            yield owner
-        case ast.Call(ast.Name(), [first, *_], _) if not isinstance(first, ast.Starred):
-            yield first
+        case ast.Call(function, arguments, options):
+            if arguments and not isinstance(arguments[0], ast.Starred):
+                yield arguments[0]
+            if options or arguments:
+                yield ast.Call(function, arguments[: None if options else -1], options[:-1])
+            if isinstance(function, ast.Attribute):
+                yield function.value
         case ast.Return(ast.expr() as value):
             yield ast.Return(ast.Call(ast.Name("corrupted", ast.Load()), [value], []))
         case ast.Assign(targets, value):
