@@ -182,7 +182,7 @@ def test_on_a_narrow_screen_the_page_stays_and_plots_scroll(open_page):
     """Plots and tables keep a width at which their words do not meet; they move inside their card, the page does not."""
     rows = [{"text": "a long example " * 12, "answer": "good", "margin": 1.0}]
     sections = {"Heads": [viz.heatmap(scores(), Circuit([Head(0, 0)], 3, 4)), rows], "Curve": viz.faithful(curve())}
-    page = open_page(sections, title="luthier discover: ../shared/models/with-a-long-name-7b")
+    page = open_page(sections, title="luthier_discover_" * 9)
     page.set_viewport_size({"width": 390, "height": 800})
     page.wait_for_function("document.querySelector('.plot').getBoundingClientRect().width < 800")
     assert page.evaluate("document.documentElement.scrollWidth") <= 390

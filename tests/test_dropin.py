@@ -221,7 +221,6 @@ def example(word, folder):
     return folder / "example.py"
 
 
-@pytest.mark.slow
 def test_the_compile_example_runs(tmp_path):
     command = [sys.executable, str(example("torch.compile", tmp_path))]
     done = subprocess.run(command, env=environment(), cwd=tmp_path, capture_output=True, text=True)
@@ -230,7 +229,6 @@ def test_the_compile_example_runs(tmp_path):
     ]
 
 
-@pytest.mark.slow
 def test_the_accelerate_example_runs_on_two_processes(tmp_path):
     out = launch(example("Accelerator()", tmp_path))
     assert len(re.findall(r"^0 of [\d,]+ frozen values changed$", out, re.M)) == 2, out
