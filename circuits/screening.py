@@ -18,7 +18,7 @@ from .hooks import rewrite
 from .model import Model
 from .propagation import example_chunks
 from .streams import Values, read_out
-from .trace import Batch, Trace, run, trace
+from .trace import Batch, Trace, run, walk
 
 
 def estimate(
@@ -55,9 +55,10 @@ def shortlist(
     """The `size` heads with the largest |estimate|, and the runs of the first chunks of examples for `propagate`."""
     mine = encoded.select(sharding.share(len(encoded)))
     batch, runs, found = Batch.read_once(mine, model.device), [], []
-    trace(program, batch[:1], frozenset())  # one example is enough to refuse a model whose blocks are not known
     for examples in example_chunks(program, batch, size, rules, batch_size, memory):
         made, slope = _run_with_slopes(program, model, batch[examples], mine.select(range(len(mine))[examples]))
+        if examples.start == 0:
+            _refuse_unknown_blocks(made)
         z = torch.stack([record["z"] for record in made.records])
         found.append(estimate(z.float(), slope.float(), means.float(), made.batch.attention_mask))
         memory -= sum(t.numel() * t.itemsize for record in made.records for t in record.values())
@@ -65,6 +66,13 @@ def shortlist(
             runs.append(made)
     values = sharding.gather(torch.cat(found, -1), len(encoded)).mean(-1)
     return sorted(sorted(heads, key=lambda head: -abs(float(values[head])))[:size]), runs
+
+
+def _refuse_unknown_blocks(made: Trace) -> None:
+    """One example is enough for that."""
+    inputs = [record["x"][:1] for record in made.records]
+    angles = [None if pair is None else (pair[0][:1], pair[1][:1]) for pair in made.angles]
+    walk(made.program, made.batch[:1], inputs, angles, made.final[:1], frozenset())
 
 
 def _run_with_slopes(

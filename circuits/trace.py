@@ -84,7 +84,18 @@ def _allowed(block: Block, real: Int[Tensor, "batch position"]) -> Tensor:
 
 def trace(program: Program, batch: Batch, keep: frozenset[str] | None = None) -> Trace:
     """Run the model once, then the explicit program on each block's own input; they must agree."""
-    inputs, angles, final = run(program, batch)
+    return walk(program, batch, *run(program, batch), keep)
+
+
+def walk(
+    program: Program,
+    batch: Batch,
+    inputs: list[Tensor],
+    angles: list[tuple[Tensor, Tensor] | None],
+    final: Tensor,
+    keep: frozenset[str] | None = None,
+) -> Trace:
+    """The explicit program on what `run` found."""
     found = Trace(program, batch, [], angles, final)
     real = batch.attention_mask.bool()
     ends = [*inputs[1:], final]

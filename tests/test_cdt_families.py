@@ -4,11 +4,12 @@ import pytest
 import torch
 from test_cdt import SOURCES, ablated, means_of, relative
 
-from circuits import Node, load, record
+from circuits import Node, decomposition, load, record
 from circuits.cdt import decompose
 from circuits.families import read
 from circuits.propagation import propagate
-from circuits.trace import Batch
+from circuits.streams import Relevant, Totals, attend, finish
+from circuits.trace import Batch, trace
 
 from models import FAMILIES, ragged, shared_tiny, tiny
 
@@ -62,11 +63,35 @@ def test_a_source_that_differs_from_nothing_has_no_relevance(family, rules):
     with torch.no_grad(), record(model, "z") as z:
         model(tokens)
     means, mask = z.stack()[:, 0], torch.ones_like(tokens)
-    for beta, total in inside(model, tokens, mask, [SOURCES[0]], means, rules).values():
+    for (layer, site), (beta, total) in inside(model, tokens, mask, [SOURCES[0]], means, rules).items():
+        with torch.no_grad(), record(model, site, [layer]) as activation:
+            model(tokens)
         assert beta.norm() < 1e-5 * total.norm()
+        assert relative(total, activation[layer]) < 1e-5  # what the rest is taken from
     with torch.no_grad():
         logits = model(tokens)
     assert decompose(model, tokens, SOURCES, means, rules, positions=[-1]).norm() < 1e-5 * logits.norm()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.parametrize("family", EVERY)
+def test_when_everything_is_relevant_so_is_everything_that_follows(family, side):
+    """The other end of the sum rule: with no rest, the published rules make a block's whole output of its whole input.
+
+    To 1e-4, not 1e-5: where W β happens to be near 0 the published guard of 1e-8 keeps some of the bias back.
+    """
+    model = shared_tiny(family)
+    tokens, mask = model.pad(ragged(), side)
+    program, real = read(model.hf), mask.bool()
+    run = trace(program, Batch(tokens, mask, tokens))
+    ends = [*(record["x"] for record in run.records[1:]), run.final]
+    for layer, (block, end) in enumerate(zip(program.blocks, ends, strict=True)):
+        frame, x = run.frame(layer), run.records[layer]["x"]
+        verbs = Relevant(decomposition.RULES["paper"], Totals(run.records[layer], frame))
+        z, _ = attend(block, x[None], frame, verbs)
+        assert relative(z[0][real], run.records[layer]["z"][real]) < 1e-4
+        assert relative(finish(block, x[None], z, frame, verbs)[0][real], end[real]) < 1e-4
 
 
 @pytest.mark.parametrize("rules", RULES)

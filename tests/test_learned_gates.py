@@ -3,9 +3,13 @@
 import pytest
 import torch
 from micro_models import KNOWN, MicroTask, micro
+from test_discovery import TokenTask
 
 from circuits import Head, learned_gates, load
-from circuits.gates import gate_score
+from circuits.gates import _loss, gate_score
+from circuits.means import mean_activations
+
+from models import shared_tiny
 
 
 @pytest.mark.parametrize("name", KNOWN)
@@ -21,6 +25,19 @@ def test_gates_keep_the_heads_that_were_built_in(name):
     assert torch.equal(learned_gates(model, task, **options).values, scores.values)
     assert all(map(torch.equal, weights, model.hf.parameters()))
     assert all(not module._forward_pre_hooks for module in model.hf.modules())
+
+
+@pytest.mark.parametrize("family", ["qwen3", "gemma2", "bert-classifier", "llama-classifier"])
+def test_gates_need_no_pairs_and_work_for_grouped_heads_and_classifiers(family):
+    """With the half that scores highest left open the task's loss is lower than with the other half left open."""
+    model = shared_tiny(family)
+    task = TokenTask(columns=(0, 1, 2) if model.kind == "classifier" else (5, 9, 11))
+    scores = learned_gates(model, task, steps=25, sparsity=0.01, progress=False)
+    assert scores.values.shape == (3, 4) and scores.task == "tokens" and scores.values.abs().max() <= 1
+    upper = (scores.values > scores.values.median()).float()
+    means, encoded = mean_activations(model, task), task.encode(model)
+    losses = [_loss(model, encoded, gates, means).item() for gates in (upper, 1 - upper)]
+    assert losses[0] < losses[1]
 
 
 def test_means_per_position_matter():

@@ -121,10 +121,10 @@ def stored(key: str, make: Callable[[], dict]) -> dict:
     return known[key]
 
 
-def in_turns(label: str, model, length: int, arms: dict[str, Callable], turns: dict[str, int]) -> dict[str, dict]:
-    """Seconds and mean scores of each arm, TURN prompts of one after the same prompts of another. `turns`: how many of them."""
+def in_turns(label: str, model, length: int, arms: dict[str, Callable], turns: dict[str, int]) -> dict[str, list[dict]]:
+    """Seconds and scores of each arm, turn by turn: TURN prompts of one, the same prompts of another. `turns`: how many."""
     mean = mean_activations(model, RandomTokens(range(TURN), length, 50257))
-    found: dict[str, dict] = {name: {"seconds": 0.0, "scores": 0.0, "prompts": 0} for name in arms}
+    found: dict[str, list[dict]] = {name: [] for name in arms}
     for turn in range(max(turns.values())):
         task = RandomTokens(range(turn * TURN, (turn + 1) * TURN), length, 50257)
         for name, arm in arms.items():
@@ -134,18 +134,28 @@ def in_turns(label: str, model, length: int, arms: dict[str, Callable], turns: d
             def make(arm=arm, task=task) -> dict:
                 begin = time.process_time()
                 scores = arm(model, task, mean)
-                return {"seconds": time.process_time() - begin, "values": scores.values.tolist()}
+                return {"seconds": time.process_time() - begin, "values": scores.values.flatten().tolist()}
 
-            part, sums = stored(f"{label} {name} {turn}", make), found[name]
-            sums["seconds"] += part["seconds"]
-            sums["scores"] = sums["scores"] + torch.tensor(part["values"])
-            sums["prompts"] += TURN
+            found[name].append(stored(f"{label} {name} {turn}", make))
     return found
+
+
+def versus(what: str, one: list[dict], other: list[dict], bar: float | None, against: str) -> None:
+    """One row: seconds over the turns that both have, and how many of the ten largest scores they share per turn."""
+    pairs = list(zip(one, other, strict=False))
+    mine, theirs = (sum(pair[i]["seconds"] for pair in pairs) for i in (0, 1))
+    tops = [
+        [set(torch.tensor(part["values"]).flatten().abs().topk(10).indices.tolist()) for part in pair] for pair in pairs
+    ]
+    common = sum(len(a & b) for a, b in tops) / len(tops)
+    print(f"| {what.format(prompts=TURN * len(pairs))} | {mine:.1f} s | `{against}` {theirs:.1f} s "
+          f"| {mine / theirs:.2f}x, {common:.1f} of its top 10 | {verdict(mine / theirs, bar)} |", flush=True)  # fmt: skip
 
 
 ARMS = {
     "ablation": lambda model, task, mean: ablation(model, task, reference=mean, progress=False),
     "exact": lambda model, task, mean: relevance(model, task, means=mean, progress=False),
+    "screen=0.08": lambda model, task, mean: relevance(model, task, means=mean, screen=0.08, progress=False),
     "screen=0.1": lambda model, task, mean: relevance(model, task, means=mean, screen=0.1, progress=False),
     "frozen": lambda model, task, mean: relevance(model, task, means=mean, rules="frozen", progress=False),
     "paper": lambda model, task, mean: relevance(model, task, means=mean, rules="paper", progress=False),
@@ -154,37 +164,24 @@ ARMS = {
 
 def heads() -> None:
     """144 heads x 50 prompts of 32 tokens to label margins: exact and screened against ablation; one turn of the other rules."""
-    turns = {name: PROMPTS // TURN if name in ("ablation", "exact", "screen=0.1") else 1 for name in ARMS}
+    turns = {name: PROMPTS // TURN if name in ("ablation", "exact", "screen=0.08") else 1 for name in ARMS}
     found = in_turns("heads", gpt2_small(), 32, ARMS, turns)
-    each = {name: sums["seconds"] / sums["prompts"] for name, sums in found.items()}
-    for name, against, bar in (("exact", "ablation", 1.0), ("screen=0.1", "exact", 0.2), ("frozen", "ablation", None),
-                               ("paper", "ablation", None)):  # fmt: skip
-        print(f"| 144 heads x {found[name]['prompts']} prompts x 32 tokens, `{name}` | {found[name]['seconds']:.0f} s "
-              f"| `{against}`, the same prompts | {each[name] / each[against]:.2f}x | {verdict(each[name] / each[against], bar)} |",
-              flush=True)  # fmt: skip
-    print(
-        f"| top 10 by size of `screen=0.1` and of `exact` in common | | | {common(found['screen=0.1'], found['exact'])} of 10 | |"
-    )
+    for name, bar in {"exact": 1.0, "screen=0.08": 0.2, "screen=0.1": 0.2, "frozen": None, "paper": None}.items():
+        against = "exact" if name.startswith("screen") else "ablation"
+        what = f"144 heads x {{prompts}} prompts x 32 tokens, `{name}`"
+        versus(what, found[name], found[against], bar, against)
 
 
 def screen() -> None:
     """Screening at other sizes: fewer and more heads, short and long prompts."""
     global TURN
     TURN = 2
-    for layers, wide, length in ((6, 12, 32), (12, 6, 32), (24, 12, 16), (12, 12, 128)):
-        model = gpt2_small(layers, wide)
-        arms = {name: ARMS[name] for name in ("exact", "screen=0.1")}
-        found = in_turns(f"screen {layers} {wide} {length}", model, length, arms, {name: 2 for name in arms})
-        exact, screened = found["exact"], found["screen=0.1"]
-        ratio = screened["seconds"] / exact["seconds"]
-        print(f"| {layers} x {wide} heads, {exact['prompts']} prompts x {length} tokens, `screen=0.1` | {screened['seconds']:.1f} s "
-              f"| `exact` {exact['seconds']:.1f} s | {ratio:.2f}x, {common(screened, exact)} of the top 10 | {verdict(ratio, 0.2)} |",
-              flush=True)  # fmt: skip
-
-
-def common(one: dict, other: dict) -> int:
-    tops = [set(sums["scores"].abs().flatten().topk(10).indices.tolist()) for sums in (one, other)]
-    return len(tops[0] & tops[1])
+    for layers, wide, length in ((6, 12, 32), (12, 6, 32), (24, 12, 16), (12, 12, 96)):
+        arms = {name: ARMS[name] for name in ("exact", "screen=0.08")}
+        label = f"screen {layers} {wide} {length}"
+        found = in_turns(label, gpt2_small(layers, wide), length, arms, dict.fromkeys(arms, 1))
+        what = f"{layers} x {wide} heads, {{prompts}} prompts x {length} tokens, `screen=0.08`"
+        versus(what, found["screen=0.08"], found["exact"], 0.2, "exact")
 
 
 def verdict(ratio: float, bar: float | None) -> str:
@@ -222,12 +219,12 @@ def peak(n: int, length: int, layers: range, dtype: torch.dtype) -> None:
 
 def memory() -> None:
     """The whole problem, 336 heads and 50 examples, of short prompts: how much is in flight does not depend on their length."""
-    peak(50, 6, range(24), torch.float32)
+    peak(50, 4, range(24), torch.float32)
 
 
 def long() -> None:
     """50 long examples; heads of one layer, since more sources mean more chunks and not larger ones."""
-    peak(50, 128, range(22, 23), torch.float32)
+    peak(50, 128, range(22, 23), torch.bfloat16)
 
 
 def growth() -> None:
