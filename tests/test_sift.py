@@ -281,13 +281,16 @@ def test_accumulated_micro_batches_are_one_batch(control):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=2e-5, msg=name)
 
 
-def test_both_losses_from_one_forward():
-    hf = tiny("gpt2")
+def test_both_losses_from_one_forward_move_as_those_of_two():
+    one, two = tiny("gpt2"), tiny("gpt2")
     tokens = torch.randint(3, VOCABULARY, (2, 9), generator=torch.Generator().manual_seed(0))
-    logits = hf(tokens).logits
-    optimizer = SIFT(hf, epsilon=1.1)
-    optimizer.step(objective=-logits[..., 3].mean(), constraint=logits.logsumexp(-1).mean())
-    assert all(gate.controlled for gate in optimizer.last)
+    for hf, passes in ((one, 1), (two, 2)):
+        first, *second = (hf(tokens).logits for _ in range(passes))
+        optimizer = SIFT(hf, epsilon=1.1)
+        optimizer.step(objective=-first[..., 3].mean(), constraint=[first, *second][-1].logsumexp(-1).mean())
+        assert all(gate.controlled for gate in optimizer.last)
+    weights = [torch.nn.utils.parameters_to_vector(hf.parameters()) for hf in (one, two, tiny("gpt2"))]
+    assert torch.allclose(weights[0], weights[1], atol=1e-6) and not torch.equal(weights[0], weights[2])
 
 
 def test_functions_that_compute_the_losses_move_as_the_losses_do():
