@@ -69,7 +69,7 @@ class Experiment:
             for n, name in product(self.sizes, self.arms):
                 arm = ARMS[name]
                 rates = (0.0,) if name == "tfidf" else self.rates.get(name, arm.rates)
-                depths = self.depths if arm.every_depth else (max(self.depths) if arm.heads else None,)
+                depths = self.depths if arm.every_depth else (None,)
                 for lr, anchor, depth in product(rates, arm.anchors, depths):
                     yield dict(arm=name, target=target, n=n, seed=seed, lr=lr, anchor=anchor, depth=depth)
 
