@@ -6,6 +6,7 @@ python tests/benchmarks/compare_nusax.py --model pocket --source english --targe
 
 import argparse
 import warnings
+from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from interventions.arms import ARMS
 from interventions.experiment import Experiment, Splits, compare, read_lines
 from interventions.tradeoff import agreement, points, summarise, table, trade_off
 
-WORDS = {"positive": " baik", "negative": " buruk", "neutral": " biasa"}
+WORDS = (" baik", " buruk", " biasa")
 
 
 def options() -> argparse.Namespace:
@@ -31,6 +32,9 @@ def options() -> argparse.Namespace:
     parser.add_argument("--sizes", nargs="+", type=int, default=[100])
     parser.add_argument("--seeds", nargs="+", type=int, default=[31, 777, 2025, 12345])
     parser.add_argument("--arms", nargs="+", default=list(ARMS))
+    parser.add_argument("--template", default="{text} | sentimen:{label}")
+    parser.add_argument("--words", nargs=3, default=list(WORDS), metavar="WORD", help="for positive, negative, neutral")
+    parser.add_argument("--source-rate", type=float, default=5e-4)
     parser.add_argument("--rates", nargs="*", default=[], help="arm=rate,rate instead of the arm's own")
     parser.add_argument("--depths", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--per-depth", type=int, default=2)
@@ -44,8 +48,9 @@ def rates(given: list[str]) -> dict[str, list[float]]:
     return {arm: [float(rate) for rate in listed.split(",")] for arm, _, listed in pairs}
 
 
-def nusax(data: str, language: str) -> Splits:
-    how = dict(template="{text} | sentimen:{label}", label_words=WORDS, max_length=128, truncate=True)
+def nusax(data: str, language: str, template: str, words: Sequence[str]) -> Splits:
+    labels = dict(zip(("positive", "negative", "neutral"), words, strict=True))
+    how: dict[str, Any] = dict(template=template, label_words=labels, max_length=128, truncate=True)
     return Splits(
         *(LabelledTask.from_csv(Path(data) / language / f"{s}.csv", **how) for s in ("train", "valid", "test"))
     )
@@ -62,14 +67,14 @@ def main() -> None:
     is_pocket = given.model == "pocket"
 
     def splits(language: str) -> Splits:
-        return pocket_world(language) if is_pocket else nusax(given.data, language)
+        return pocket_world(language) if is_pocket else nusax(given.data, language, given.template, given.words)
 
     experiment = Experiment(
         given.model, splits(given.source), {name: splits(name) for name in given.targets}, Path(given.out),
         related={name: splits(name).test for name in given.related}, arms=given.arms, sizes=given.sizes,
         seeds=given.seeds, depths=given.depths, per_depth=given.per_depth, rates=rates(given.rates),
         # The pocket model was trained on its source languages; it needs no competence tuning.
-        source_epochs=0 if is_pocket else 4,
+        source_epochs=0 if is_pocket else 4, source_lr=given.source_rate,
     )  # fmt: skip
     lines = read_lines(experiment.directory / "results.jsonl") if given.table_only else compare(experiment)
     circuits = {
