@@ -122,6 +122,9 @@ def test_training_draws_an_arrow_per_arm():
     assert trace.error_y.array[0] == pytest.approx(0.05)
     (alone,) = training({"circuit": {when: {"min": at["min"]} for when, at in arm.items()}}).data
     assert list(alone.x) == [0, 1]
+    many = training({f"arm {i}": arm for i in range(8)})
+    assert len({(trace.line.color, trace.line.dash) for trace in many.data}) == 8
+    assert many.layout.legend.orientation == "v" and training({"circuit": arm}).layout.legend.orientation == "h"
     with pytest.raises(ValueError, match="no task 'jav' was evaluated; evaluated: min, ind"):
         training({"circuit": arm}, target="jav")
     with pytest.raises(ValueError, match="no arm was evaluated"):

@@ -119,12 +119,16 @@ def training(
     goal = target or tasks[0]
     kept = kept or next((name for name in tasks if name != goal), None)
     figure = go.Figure()
-    for (name, arm), colour in zip(arms.items(), theme.CATEGORIES * len(arms), strict=False):
-        figure.add_trace(_arrow(name, arm, goal, kept, colour))
+    for index, (name, arm) in enumerate(arms.items()):
+        cycle, colour = divmod(index, len(theme.CATEGORIES))
+        # Where the colours start again, the line changes.
+        figure.add_trace(_arrow(name, arm, goal, kept, theme.CATEGORIES[colour], ("solid", "dash", "dot")[cycle % 3]))
     first = next(iter(arms.values()))
     tuned = f"tuned on {first['task']}" if first.get("task") else None
     about = theme.describe(tuned, *_sizes(first, goal, kept), "from before to after, whiskers: standard error")
     theme.apply(figure, title or "Gained on the target, kept elsewhere", about)
+    if len(arms) > 4:  # in one row they would run into the subtitle
+        figure.update_layout(legend={"orientation": "v", "x": 1.02, "xanchor": "left", "y": 1, "yanchor": "top"})
     figure.update_yaxes(title=f"accuracy on {theme.clean(goal)} (target)")
     figure.update_xaxes(
         title=f"accuracy on {theme.clean(kept)} (to be kept)" if kept else "", showgrid=kept is not None
@@ -136,7 +140,7 @@ def _sizes(arm: Mapping[str, Any], *tasks: str | None) -> list[str]:
     return [f"{name} n={arm['after'][name]['n']:.0f}" for name in tasks if name in arm["after"]]
 
 
-def _arrow(name: str, arm: Mapping[str, Any], target: str, kept: str | None, colour: str) -> go.Scatter:
+def _arrow(name: str, arm: Mapping[str, Any], target: str, kept: str | None, colour: str, dash: str) -> go.Scatter:
     """Before to after, with the standard error of each accuracy as whiskers."""
     points = [(arm[when].get(kept), arm[when][target]) for when in ("before", "after")]
     y = [goal["accuracy"] for _, goal in points]
@@ -148,7 +152,7 @@ def _arrow(name: str, arm: Mapping[str, Any], target: str, kept: str | None, col
         y=y,
         name=theme.clean(name),
         mode="lines+markers",
-        line={"color": colour, "width": 2.5},
+        line={"color": colour, "width": 2.5, "dash": dash},
         marker={
             "size": [7, 15],
             "symbol": ["circle-open", "arrow"],
