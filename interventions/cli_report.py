@@ -130,7 +130,8 @@ def _faithfulness(folder: Path) -> dict[str, Any]:
     items: list[Any] = [text, viz.faithful(curve)]
     if (folder / "circuit_faithfulness.json").is_file():
         point = FaithfulnessCurve.load(folder / "circuit_faithfulness")
-        items += ["The circuit itself, against random circuits with as many heads in each layer:", point.rows()]
+        rows = [{name: value for name, value in row.items() if value is not None} for row in point.rows()]
+        items += ["The circuit itself, against random circuits with as many heads in each layer:", rows]
     return {"Faithfulness": items}
 
 
@@ -192,7 +193,7 @@ def _tuning(folder: Path) -> dict[str, Any]:
     if any(result["after"] for result in results.values()):
         items[:0] = [
             "Each arrow runs from before tuning to after it: up is gained on the target, left is lost on what was to be "
-            "kept. The arm circuit moved only the mask; the others are its controls. Where whiskers overlap, arms do not differ.",
+            "kept. The arm circuit moved only the mask; the others are its controls. Where whiskers overlap, one cannot tell arms apart.",
             viz.training(results),
         ]
     return {"Tuning": items}

@@ -48,7 +48,7 @@ def flow(
                 figure.add_trace(_lines(chosen, places, colour, step))
                 figure.add_trace(_middles(chosen, places, colour))
     figure.add_trace(_nodes(heads, scores, places))
-    theme.apply(figure, title or "From heads to the answer", _about(scores, heads), height=_height(scores))
+    theme.apply(figure, title or "From heads to the answer", _about(scores, heads), height=_height(scores, tokens))
     _axes(figure, scores, tokens)
     _slider(figure)
     return figure
@@ -93,7 +93,7 @@ def _places(
         beside = [h for h in heads if h.layer == head.layer and positions[h] == positions[head]]
         rank = beside.index(head)
         # Side by side, and every other one higher, so that names do not meet.
-        offset = (rank - (len(beside) - 1) / 2) * 0.34
+        offset = (rank - (len(beside) - 1) / 2) * 0.45
         places[head] = (positions[head] + offset, head.layer + 0.34 * (rank % 2))
     places[None] = (float(max(positions.values())), float(scores.n_layers))
     return places
@@ -158,7 +158,7 @@ def _sides(heads: list[Head], places: dict) -> list[str]:
 
     def crowded(head: Head) -> bool:
         x, y = places[head]
-        return any(0 < places[h][1] - y < 1 and abs(places[h][0] - x) < 1 for h in heads)
+        return any(0 < places[h][1] - y < 0.5 and abs(places[h][0] - x) < 1 for h in heads)
 
     lowest = min(places[head][1] for head in heads)
     below = [places[head][1] == lowest or crowded(head) for head in heads]
@@ -188,5 +188,5 @@ def _slider(figure: go.Figure) -> None:
     figure.update_layout(margin={"b": 140})
 
 
-def _height(scores: HeadScores) -> int:
-    return int(min(1000, 320 + 44 * scores.n_layers))
+def _height(scores: HeadScores, tokens: Sequence[str] | None) -> int:
+    return int(min(1000, 320 + (44 if tokens is None else 60) * scores.n_layers))

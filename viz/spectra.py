@@ -101,7 +101,7 @@ def spectrum(measured: Interference, *, title: str | None = None) -> go.Figure:
     theme.apply(
         figure, title or "Directions two objectives share", theme.describe(measured.model, f"by {measured.view}")
     )
-    figure.update_xaxes(title="principal angle, from the most shared")
+    figure.update_xaxes(title="principal angle, from the most shared", tickformat="d", nticks=measured[blocks[0]].K + 1)
     figure.update_yaxes(title="cosine", range=[-0.02, 1.05])
     buttons = [
         {
