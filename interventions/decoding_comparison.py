@@ -15,6 +15,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from circuits.alphas import bootstrap
+
 from .aligned import Aligned, distinct
 from .decoding_baselines import best_of_n, greedy, reward_guided
 from .prelogits import aisp
@@ -128,10 +130,7 @@ def interval(values: Float[Tensor, " prompt"], resamples: int = 2000) -> tuple[f
     """Mean and 95% percentile bootstrap over prompts; one prompt has no interval (NaN)."""
     if len(values) < 2:
         return float(values.mean()), math.nan, math.nan
-    generator = torch.Generator().manual_seed(0)
-    draws = torch.randint(len(values), (resamples, len(values)), generator=generator)
-    means = values.double()[draws].mean(1).sort().values
-    return float(values.double().mean()), float(means[int(0.025 * resamples)]), float(means[int(0.975 * resamples)])
+    return bootstrap(values, resamples=resamples)
 
 
 def shown(values: tuple[float, float, float], sign: str = "") -> str:
