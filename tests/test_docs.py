@@ -61,6 +61,12 @@ def test_python_blocks_run(page, tmp_path, monkeypatch, capsys, request):
             compare(printed, block["output"])
 
 
+def test_the_index_names_every_page():
+    index = (PROJECT / "docs/README.md").read_text()
+    missing = [page.name for page in PAGES if page.name != "README.md" and f"({page.name})" not in index]
+    assert missing == []
+
+
 def test_files_and_pictures_the_readme_names_exist():
     text = (PROJECT / "README.md").read_text()
     named = re.findall(r"`((?:circuits|interventions|viz|docs)/[\w/.]+)`", text) + re.findall(
