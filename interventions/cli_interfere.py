@@ -25,7 +25,13 @@ ModelOption = Annotated[str, typer.Option(help="Base model: hub name, local dire
 RankOption = Annotated[int | None, typer.Option("--K", "--k", help="Singular directions per objective.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")]
 KINDS = ("learn", "forget")
-METRICS = ("cosine", "sti_fro_normalized", "overlap_left_corrected", "overlap_right_corrected")
+# measured quantity -> heading short enough for a terminal of 80 columns
+METRICS = {
+    "cosine": "cosine",
+    "sti_fro_normalized": "interference",
+    "overlap_left_corrected": "overlap left",
+    "overlap_right_corrected": "right",
+}
 
 
 @app.command()
@@ -62,8 +68,8 @@ def measure(
         measured.scores().save(out / "scores")
     save_run(out, "interfere measure", options)
     write_report(out, out / "report.html", f"luthier interfere: {first.name} and {second.name}")
-    total = {key: measured.total[key] for key in METRICS}
     if json_:
+        total = {key: measured.total[key] for key in METRICS}
         print(
             json.dumps(
                 {"out": str(out), "blocks": len(measured.overlaps), "total": total, "skipped": list(measured.skipped)}
@@ -71,8 +77,9 @@ def measure(
         )
         return
     lowest = sorted(measured.overlaps, key=lambda name: measured[name].cosine)[:12]
-    rows = [{"block": "whole model"} | total] + [
-        {"block": name} | {key: measured[name][key] for key in METRICS} for name in lowest
+    rows = [
+        {"block": name.removeprefix("model.").removesuffix(".weight")} | {METRICS[key]: found[key] for key in METRICS}
+        for name, found in [("whole model", measured.total), *((name, measured[name]) for name in lowest)]
     ]
     show_rows(f"{first.name} against {second.name}, most conflicting blocks first", rows)
     print(f"written: {out / 'report.html'}")

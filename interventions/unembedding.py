@@ -86,7 +86,7 @@ def hidden_states(
 
     handles = (
         head.register_forward_pre_hook(take),
-        head.register_forward_hook(lambda module, args, output: given.append(output)),
+        head.register_forward_hook(lambda _, __, output: given.append(output)),  # pyright: ignore[reportArgumentType]
     )
     try:
         logits = hf(**inputs).logits

@@ -112,3 +112,29 @@ def test_bad_input_is_one_line_and_exit_2(monkeypatch, capsys, folder, arguments
     (folder / "bad.jsonl").write_text('{"a": 1}\n')
     code, _, err = luthier(monkeypatch, capsys, "interfere", *(a.format(f=folder) for a in arguments))
     assert code == 2 and text in err and err.count("\n") == 1
+
+
+def test_adapters_are_measured_and_merged_as_the_changes_they_are(monkeypatch, capsys, tmp_path):
+    """Two LoRA directories: the merged model is the base plus the sum that task arithmetic asks for."""
+    from circuits import load
+    from interventions import RenyiEnsemble
+
+    ensemble = RenyiEnsemble(load("pocket"), 2, r=2, target_modules=["q_proj"], layers=[0, 1])
+    with torch.no_grad():
+        for number, B in enumerate(ensemble.stack.B):
+            B.copy_(0.1 * torch.randn(B.shape, generator=torch.Generator().manual_seed(number)))
+    ensemble.save(tmp_path)
+    both = tmp_path / "member_0", tmp_path / "member_1"
+    arguments = "interfere", "measure", *both, "--view", "matrix", "--out", tmp_path / "measured"
+    code, out, err = luthier(monkeypatch, capsys, *arguments)
+    assert code == 0, err
+    assert "layers.0.self_attn.q_proj" in out and "layers.2" not in out
+    arguments = "interfere", "merge", *both, "--method", "task-arithmetic", "--out", tmp_path / "merged", "--json"
+    code, out, err = luthier(monkeypatch, capsys, *arguments)
+    assert code == 0, err
+    merged, base = (load(source).hf.model.layers for source in (tmp_path / "merged", "pocket"))
+    for layer, (A, B) in enumerate(zip(ensemble.stack.A, ensemble.stack.B, strict=True)):
+        change = ensemble.stack.scale * torch.einsum("mir,mro->oi", A, B)
+        moved = merged[layer].self_attn.q_proj.weight - base[layer].self_attn.q_proj.weight
+        torch.testing.assert_close(moved, change, atol=1e-5, rtol=1e-4)
+    assert torch.equal(merged[2].self_attn.q_proj.weight, base[2].self_attn.q_proj.weight)

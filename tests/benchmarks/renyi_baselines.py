@@ -65,7 +65,7 @@ class Answers(torch.nn.Module):
         self.peft, self.columns = peft, columns
 
     def forward(self, batch):
-        logits = self.peft(input_ids=batch["tokens"], attention_mask=batch["mask"], use_cache=False).logits
+        logits = self.peft(input_ids=batch["input_ids"], attention_mask=batch["mask"], use_cache=False).logits
         return logits[torch.arange(len(logits)), batch["where"]][:, self.columns].float()
 
 
@@ -77,8 +77,8 @@ class Preferences(torch.nn.Module):
         self.peft, self.beta = peft, beta
 
     def forward(self, batch):
-        pairs, length = batch["tokens"].shape[0], batch["tokens"].shape[-1]
-        tokens, mask, targets = (batch[name].view(2 * pairs, length) for name in ("tokens", "mask", "targets"))
+        pairs, length = batch["input_ids"].shape[0], batch["input_ids"].shape[-1]
+        tokens, mask, targets = (batch[name].view(2 * pairs, length) for name in ("input_ids", "mask", "targets"))
         log_p = self.peft(input_ids=tokens, attention_mask=mask, use_cache=False).logits.float().log_softmax(-1)
         s = (log_p.gather(-1, targets.clamp(min=0)[..., None])[..., 0] * (targets >= 0)).sum(1).view(pairs, 2)
         h = s[:, 0] - s[:, 1] - batch["reference"]
@@ -98,7 +98,7 @@ def answer_items(examples, columns) -> list[dict]:
     """One item per answer; a text with several answers is there several times."""
     return [
         {
-            "tokens": examples.tokens[row],
+            "input_ids": examples.tokens[row],
             "mask": examples.attention_mask[row],
             "where": position,
             "labels": (columns == examples.targets[row, position]).int().argmax(),
@@ -110,7 +110,7 @@ def answer_items(examples, columns) -> list[dict]:
 def pair_items(pairs, reference) -> list[dict]:
     return [
         {
-            "tokens": pairs.tokens[2 * i : 2 * i + 2],
+            "input_ids": pairs.tokens[2 * i : 2 * i + 2],
             "mask": pairs.attention_mask[2 * i : 2 * i + 2],
             "targets": pairs.targets[2 * i : 2 * i + 2],
             "reference": reference[i],
@@ -131,11 +131,17 @@ def laplace_draws(net, train: list[dict], test: list[dict], seed: int) -> torch.
         posterior = Laplace(net, "classification", subset_of_weights="all", hessian_structure="kron")
         posterior.fit(DataLoader(train, batch_size=16))
         posterior.optimize_prior_precision(method="marglik")
-        parts = [
-            posterior.predictive_samples(batch, pred_type="glm", n_samples=DRAWS)
-            for batch in DataLoader(test, batch_size=16)
-        ]
-    return torch.cat(parts, 1).detach()
+        parts = [sampled(posterior, batch) for batch in DataLoader(test, batch_size=16)]
+    return torch.cat(parts, 1)
+
+
+def sampled(posterior, batch) -> torch.Tensor:
+    """As `posterior.predictive_samples`, whose Cholesky factor fails where a logit is constant, as that of a pair is."""
+    mean, covariance = posterior._glm_predictive_distribution(batch)
+    values, vectors = torch.linalg.eigh(covariance.detach().double())
+    noise = torch.randn(DRAWS, *mean.shape, dtype=torch.float64) * values.clamp(min=0).sqrt()
+    logits = mean.detach() + torch.einsum("bij,dbj->dbi", vectors, noise)
+    return torch.softmax(logits, -1).float()
 
 
 def tell(seed: int, method: str) -> None:
