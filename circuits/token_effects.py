@@ -45,6 +45,14 @@ class TokenRelevance(NamedTuple):
     tokens: list[list[str]]
     values: list[Float[Tensor, " token"]]
 
+    def __repr__(self) -> str:
+        """The first five texts, each token with its value."""
+        lines = [
+            " ".join(f"{word.strip()}[{value:+.2f}]" for word, value in zip(words, values.tolist(), strict=True))
+            for words, values in zip(self.tokens[:5], self.values[:5], strict=True)
+        ]
+        return "\n".join([f"TokenRelevance({len(self.tokens)} texts)", *lines])
+
 
 def token_relevance(
     model: Model,

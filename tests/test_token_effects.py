@@ -5,7 +5,7 @@ import torch
 
 from circuits import Head, Node, decompose, load, mean_activations, pocket, token_relevance
 from circuits.resampling import with_donors
-from circuits.token_effects import replace_one_each
+from circuits.token_effects import TokenRelevance, replace_one_each
 
 from models import CAUSAL, TokenTask, shared_tiny
 
@@ -114,6 +114,11 @@ def test_names_are_what_a_name_task_is_about():
     ]
     names, others = ([value for name, value in flat if name == wanted] for wanted in (True, False))
     assert len(names) == 3 * 20 and sum(names) / len(names) > 4 * sum(others) / len(others)
+
+
+def test_it_prints_as_text():
+    many = TokenRelevance([["a", " b"]] * 7, [torch.tensor([1.0, -0.25])] * 7)
+    assert repr(many) == "\n".join(["TokenRelevance(7 texts)", *["a[+1.00] b[-0.25]"] * 5])
 
 
 def test_what_cannot_be_replaced_is_said():
