@@ -105,7 +105,11 @@ class Search:
                     self.files[file, line].add(name.partition("::")[0])
         queues = {name: self.candidates(name) for name in sorted(todo, key=self.seconds)}
         tried, crashed = defaultdict(set), {}
+        saved = time.monotonic()
         for name, queue in queues.items():
+            if time.monotonic() > saved + 30:
+                self.save()
+                saved = time.monotonic()
             tries = max(4, min(self.tries, int(200 / self.seconds(name))))
             for _ in range(tries):
                 if time.monotonic() > self.end:
@@ -155,7 +159,7 @@ class Search:
     def make(self, chosen: tuple[str, int], group: list[str], crashed: dict) -> None:
         file, n = chosen
         mistake = self.mistakes[file][n]
-        limit = 5 + 3 * sum(map(self.seconds, group))
+        limit = min(5 + 3 * sum(map(self.seconds, group)), max(5, self.end - time.monotonic()))
         for name, failure, _, _ in self.forks.run_broken(file, n, group, limit):
             if failure:
                 entry = failure | {"break": f"{file}:{mistake.line} {mistake.words()}"}
