@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .cli_inputs import parse_pairs, save_run, show_rows
+from .cli_inputs import command_line, parse_pairs, save_run, show_rows, versions
 
 if TYPE_CHECKING:
     from .aligned import Aligned
@@ -154,5 +154,6 @@ def write_alignment(out: Path, result: "Aligned", rows: list[dict[str, Any]], co
     if comparison is not None:
         write_json(out / "comparison.json", {"rows": comparison.rows(), "statement": comparison.statement()})
         sections["Against the baselines"] = [comparison.statement(), comparison.rows()]
-    options = {name: value for name, value in asked.items() if value not in (None, [], False)}
-    return viz.report(out / "report.html", sections, title=f"luthier align: {asked['model']}", provenance=options)
+    options = {name: value for name, value in asked.items() if value not in (None, [], False)} | versions()
+    title = f"luthier align: {asked['model']}"
+    return viz.report(out / "report.html", sections, title=title, provenance=options, command=command_line())

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .cli_inputs import command_line, load_model, parse_pairs, read_task, save_run, say, show_rows
+from .cli_inputs import command_line, load_model, parse_pairs, read_task, save_run, say, show_rows, versions
 
 if TYPE_CHECKING:
     from interventions import RenyiEnsemble
@@ -137,8 +137,17 @@ def report(
     figure = routing(
         weights, list(labels), seen.mutual_information, texts=list(texts), title="Who answers for which label"
     )
-    sections = {"Calibration": [numbers], "Routing": figure}
-    page(out, sections, title="Ensemble report", summary=repr(ensemble), command=command_line())
+    calibrated = (
+        "How far the mixture's probabilities can be trusted: ece, nll and brier are better when lower; aurc is the risk left "
+        "when the examples with the most disagreement are put aside first (lower is better)."
+    )
+    who = (
+        "Above, the share of each label's examples that a member answers for. Below, how much members disagree about each "
+        "example (mutual information): near zero they all say the same, sure or not."
+    )
+    sections = {"Calibration": [calibrated, [numbers]], "Routing": [who, figure]}
+    title, options = f"luthier ensemble: {from_.name} on {data.name}", {"from": from_, "data": data} | versions()
+    page(out, sections, title=title, summary=repr(ensemble), provenance=options, command=command_line())
     _show("Ensemble on labelled rows", [numbers], {"report": str(out)}, json_)
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .cli_inputs import load_model, save_run, say, show_rows
+from .cli_inputs import command_line, load_model, save_run, say, show_rows, versions
 
 if TYPE_CHECKING:
     from circuits import Model
@@ -197,7 +197,11 @@ def train(
     write_json(out / "training.json", [record._asdict() for record in records])
     save_run(out, "interfere train", options)
     if gates:
-        viz.report(out / "report.html", {"Conflict": [viz.gating(gates)]}, title=f"luthier interfere train: {control}")
+        title, provenance = f"luthier interfere train: {control}", options | versions()
+        command = command_line()
+        viz.report(
+            out / "report.html", {"Conflict": viz.gating(gates)}, title=title, provenance=provenance, command=command
+        )
     rows = [{"step": i + 1, **records[i]._asdict()} for i in (0, len(records) - 1)]
     if json_:
         print(json.dumps({"out": str(out), "first": rows[0], "last": rows[1]}))

@@ -74,7 +74,9 @@ class RenyiEnsemble:
 
     def __repr__(self) -> str:
         stack = self.stack
-        state = f"fitted for {len(self.log.steps)} steps" if self.log.steps else "not fitted"
+        state = (
+            f"fitted for {len(self.log.steps)} steps" if self.log.steps else "fitted" if self.settings else "not fitted"
+        )
         return (
             f"RenyiEnsemble({stack.members} members, alpha {self.alpha:g}, r {stack.r}, {len(stack.names)} layers of "
             f"{type(self.hf).__name__}; {state})"

@@ -178,6 +178,11 @@ def test_dark_screens_get_light_text(open_page):
     keep(page, "dark")
 
 
+def test_lines_of_a_paragraph_stay_lines(open_page):
+    page = open_page({"One": ["first\nsecond", [{"a": 1}]]})
+    assert page.locator("main p").last.inner_text().split("\n") == ["first", "second"]
+
+
 def test_on_a_narrow_screen_the_page_stays_and_plots_scroll(open_page):
     """Plots and tables keep a width at which their words do not meet; they move inside their card, the page does not."""
     rows = [{"text": "a long example " * 12, "answer": "good", "margin": 1.0}]

@@ -36,7 +36,8 @@ def test_align_writes_responses_rounds_and_a_page(tmp_path, monkeypatch, capsys,
     tensors, meta = load_tensors(tmp_path / "run" / "rounds")
     assert torch.equal(tensors["best"][:, -1], torch.tensor([row["reward"] for row in printed["responses"]]))
     assert meta["prompts"] == PROMPTS
-    assert "effective sample size" in (tmp_path / "run" / "report.html").read_text()
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "effective sample size" in page and "luthier align --prompt" in page and "transformer-lens" in page
 
 
 def test_align_compares_with_the_baselines(tmp_path, monkeypatch, capsys):

@@ -81,6 +81,7 @@ def test_report_is_one_page(fitted, rows, tmp_path, monkeypatch, capsys):
     code, out, err = luthier(monkeypatch, capsys, "ensemble", "report", "--from", fitted, "--data", rows, "--out", page)
     assert code == 0, err
     assert "aurc" in out and "Who answers for which label" in page.read_text()
+    assert "; fitted)" in page.read_text() and "luthier ensemble report --from" in page.read_text()
 
 
 def test_bad_input_is_one_line(fitted, rows, tmp_path, monkeypatch, capsys):

@@ -30,7 +30,10 @@ def test_train_measure_merge(monkeypatch, capsys, folder):
         code, out, err = luthier(monkeypatch, capsys, "interfere", "train", *files, *options)
         assert code == 0, err
         assert json.loads(out)["last"]["step"] == 3
-        assert (folder / name / "report.html").is_file() and (folder / name / "model.safetensors").is_file()
+        assert (
+            "luthier interfere train" in (folder / name / "report.html").read_text()
+            and (folder / name / "model.safetensors").is_file()
+        )
     assert len(json.loads((folder / "a" / "training.json").read_text())) == 3
 
     measured = folder / "measured"

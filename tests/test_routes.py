@@ -16,6 +16,12 @@ def test_groups_show_mean_responsibility():
     assert list(dots.y) == pytest.approx([0.1, 0.2, 0.3, 0.4]) and dots.text[3] == "&lt;b&gt;"
 
 
+def test_tiny_disagreement_does_not_fill_the_plot():
+    figure = routing(WEIGHTS, ["a", "b", "a", "b"], torch.full((4,), 3e-6))
+    assert figure.layout.yaxis2.range[1] > 0.1
+    assert routing(WEIGHTS, uncertainty=torch.arange(4.0)).layout.yaxis2.range[1] > 3
+
+
 def test_examples_are_ordered_by_who_answers():
     figure = routing(WEIGHTS, uncertainty=torch.arange(4.0))
     torch.testing.assert_close(torch.tensor(figure.data[0].z), WEIGHTS[:, [0, 2, 3, 1]])

@@ -23,7 +23,7 @@ body { margin: 0; overflow-wrap: anywhere; background: var(--page); color: var(-
   font: 16px/1.55 system-ui, -apple-system, "Segoe UI", "DejaVu Sans", sans-serif; }
 main { max-width: 1060px; margin: 0 auto; padding: 28px 20px 60px; }
 h1 { font-size: 1.7rem; margin: 0 0 .3rem; } h2 { font-size: 1.2rem; margin: 2.2rem 0 .6rem; }
-p { max-width: 75ch; } p.soft, caption, footer { color: var(--soft); }
+p { max-width: 75ch; white-space: pre-line; } p.soft, caption, footer { color: var(--soft); }
 nav a { margin-right: 1.1em; color: inherit; }
 .card { background: var(--card); border: 1px solid var(--line); border-radius: 8px; padding: 8px 12px; margin: 12px 0;
   overflow-x: auto; }
@@ -159,7 +159,7 @@ def _footer(provenance: Mapping[str, Any], command: str | None) -> str:
     if command:
         parts.append(f'<p>To make it again:</p><div class="card"><pre>{escape(command)}</pre></div>')
     rows = [
-        {"what": key, "value": value if isinstance(value, str | int | float) else json.dumps(value, default=str)}
+        {"what": key, "value": value if isinstance(value, str | int | float | Path) else json.dumps(value, default=str)}
         for key, value in provenance.items()
         if value is not None
     ]

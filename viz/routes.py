@@ -40,7 +40,8 @@ def routing(
     figure.update_yaxes(title="member", autorange="reversed", dtick=1, showgrid=False, row=1, col=1)
     figure.update_xaxes(title="" if shown else "example", showgrid=False, row=1, col=1)
     if uncertainty is not None:
-        figure.update_yaxes(title="disagreement, nats", rangemode="tozero", row=2, col=1)
+        top = 1.08 * max(0.1, float(uncertainty.max()))  # nothing is made to look like something
+        figure.update_yaxes(title="disagreement, nats", range=[-0.02 * top, top], row=2, col=1)
     return figure
 
 
