@@ -7,7 +7,8 @@
    the same target accuracy and not only at the point validation chose. A setting is on the front when none beats it on both.
 """
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,16 +18,28 @@ Lines = Sequence[dict[str, Any]]
 
 
 def choose(lines: Lines, target: str, n: int) -> dict[str, dict[int, dict[str, Any]]]:
-    """Step 1: {arm: {seed: line}}, in the order arms appear."""
+    """Step 1: {arm: {seed: line}}, in the order arms appear. Every seed of an arm chooses among the same settings."""
     chosen: dict[str, dict[int, dict[str, Any]]] = {}
-    for line in lines:
-        if line["target"] != target or line["n"] not in (0, n):
-            continue
+    for line in finished(line for line in lines if line["target"] == target and line["n"] in (0, n)):
         best = chosen.setdefault(line["arm"], {}).get(line["seed"])
         key = (line.get("validation", 0.0), -line.get("distance", 0.0))
         if best is None or key > (best.get("validation", 0.0), -best.get("distance", 0.0)):
             chosen[line["arm"]][line["seed"]] = line
     return chosen
+
+
+def finished(lines: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Without the settings of an arm that fewer seeds have finished than another of its settings (an interrupted comparison)."""
+    lines = list(lines)
+
+    def setting(line: dict[str, Any]) -> tuple:
+        return tuple(line[key] for key in ("arm", "target", "n", "lr", "anchor", "depth"))
+
+    seeds = Counter(map(setting, lines))
+    most: dict[tuple, int] = {}
+    for key, count in seeds.items():
+        most[key[:3]] = max(count, most.get(key[:3], 0))
+    return [line for line in lines if seeds[setting(line)] == most[setting(line)[:3]]]
 
 
 def draws(seeds: int, texts: int, resamples: int = 2000, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:

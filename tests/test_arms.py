@@ -146,6 +146,16 @@ def test_choice_is_by_validation_not_by_test():
         summarise(lines, "u", 4)
 
 
+def test_every_seed_chooses_among_the_settings_that_all_have_finished():
+    lines = [line("full", seed, 0.5, "1100") for seed in (0, 1)]
+    lines += [line("full", 0, 0.9, "1111", lr=1e-2), line("norms", 0, 0.9, "1111", lr=1e-2)]
+    chosen = choose(lines, "t", 4)
+    assert {seed: run["lr"] for seed, run in chosen["full"].items()} == {0: 1e-3, 1: 1e-3}
+    assert list(chosen["norms"]) == [0]
+    lines.append(line("full", 1, 0.4, "1111", lr=1e-2))
+    assert {seed: run["lr"] for seed, run in choose(lines, "t", 4)["full"].items()} == {0: 1e-2, 1: 1e-3}
+
+
 def test_the_difference_on_the_source_is_reported():
     lines = [line("circuit", 0, 0.9, "1111", kept="1100"), line("full", 0, 0.9, "1111", kept="1110")]
     circuit, full = summarise(lines, "t", 4)
