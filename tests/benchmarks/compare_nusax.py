@@ -77,6 +77,7 @@ def main() -> None:
         source_epochs=0 if is_pocket else 4, source_lr=given.source_rate,
     )  # fmt: skip
     lines = read_lines(experiment.directory / "results.jsonl") if given.table_only else compare(experiment)
+    lines = [line for line in lines if line["arm"] in ("untuned", *given.arms)]
     circuits = {
         path.parent.name: Circuit.load(path) for path in sorted(experiment.directory.glob("seed-*/circuit.json"))
     }
