@@ -156,7 +156,9 @@ def test_training_separates_members_and_repeats_exactly():
 def test_base_is_bit_identical_after_training():
     hf = tiny("llama")
     before = {name: value.clone() for name, value in hf.state_dict().items()}
-    RenyiEnsemble(hf, 2, r=2).fit(ROWS, epochs=2, lr=0.1, weight_decay=0.1, progress=False)
+    ensemble = RenyiEnsemble(hf, 2, r=2)
+    log = ensemble.fit(ROWS, epochs=2, lr=0.1, weight_decay=0.1, progress=False)
+    assert log.steps[0]["loss"] != log.steps[-1]["loss"]
     assert all(torch.equal(value, before[name]) for name, value in hf.state_dict().items())
     assert all(parameter.grad is None for parameter in hf.parameters())
 

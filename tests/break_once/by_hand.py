@@ -1,4 +1,7 @@
-"""Breaks of what is not Python source: pages, notebooks, packaging and the tests' own tools, made in a temporary copy."""
+"""Breaks that `mutants.py` does not make: in pages, notebooks, packaging, the tests' own tools, and larger ones in the source.
+
+They are made in a temporary copy of the project.
+"""
 
 import os
 import shutil
@@ -29,6 +32,11 @@ def imports(package: str) -> str:
 MISTAKES = "tests/break_once/mutants.py"
 NEW_MODULES = "circuits/load.py interventions/restrict.py viz/heatmap.py"
 RIVAL = "rival-1.0.dist-info/METADATA rival-1.0.dist-info/top_level.txt"
+PLOTLY = "    import plotly\n    plotly.io.templates.default = 'none'\n    figure.update_layout("
+BASE_MOVES = "        self.hf.eval()\n        next(self.hf.parameters()).data.mul_(1.1)"
+COPY_SHARES = "    def __deepcopy__(self, memo):\n        return self\n\n    def delta(self"
+CALLS = 'vars(self).setdefault("calls", [])'
+RECOMPUTED = f"SlicedLinear.apply(x * ({CALLS}.append(0) or len({CALLS})),"
 EDITS = [
     Edit("test_docs.py::test_python_blocks_parse*", "README.md docs/*.md", "", "\n```python\nfor\n```\n"),
     Edit("test_docs.py::test_every_python_block*", "README.md docs/*.md", "", "\n```python sketch\npass\n```\n"),
@@ -54,6 +62,52 @@ EDITS = [
     Edit("test_notebooks.py::test_every_notebook_shows*", "notebooks/*.ipynb", '"image/png"', '"image/gif"'),
     Edit("test_notebooks.py::test_a_notebook_runs*", "circuits/pocket/model/config.json", "10000.0", "10.0"),
     Edit("test_notebooks.py::test_a_number_that*", "tests/test_notebooks.py", "> tolerance *", "> 9 * tolerance *"),
+    Edit(
+        "test_display.py::test_nouns_show_*",
+        "circuits/display.py",
+        "from html import escape",
+        "def escape(text):\n    return '<script>'",
+    ),
+    Edit(
+        "test_display.py::test_nouns_show_*ensemble*", "interventions/ensemble.py", "escape(repr(self))", "type(self)"
+    ),
+    Edit("test_routes.py::test_text_is_escaped", "viz/theme.py", "escape(str(text), quote=False)", "str(text)"),
+    Edit("test_viz.py::test_the_global_template*", "viz/theme.py", "    figure.update_layout(", PLOTLY),
+    Edit("test_rules.py::test_rows_are_seeded*", "circuits/rules.py", "manual_seed(seed)", "manual_seed(0)"),
+    Edit("test_files.py::test_fingerprints*", "circuits/files.py", "hexdigest()[:12]", "hexdigest()[:0]"),
+    Edit(
+        "test_injection.py::test_batched_*", "interventions/prompt_end.py", "(rows,), width - 1", "(rows,), width - 2"
+    ),
+    Edit(
+        "test_injection.py::test_no_hook_survives*",
+        "interventions/prompt_end.py",
+        "        handle.remove()",
+        "        pass",
+    ),
+    Edit(
+        "test_prelogits.py::test_sharing_rows*",
+        "interventions/rollout.py",
+        "if share_prefixes",
+        "if not share_prefixes",
+    ),
+    Edit(
+        "test_renyi.py::test_order_of*",
+        "interventions/renyi.py",
+        "(alpha * distance, 0)",
+        "(alpha * distance, 0).cumsum(0)",
+    ),
+    Edit("test_coupled.py::test_base_is*", "interventions/ensemble.py", "        self.hf.eval()", BASE_MOVES),
+    Edit("test_restriction.py::test_a_copy_*", "interventions/sliced.py", "    def delta(self", COPY_SHARES),
+    Edit(
+        "test_dropin.py::test_gradient_checkpointing*", "interventions/sliced.py", "SlicedLinear.apply(x,", RECOMPUTED
+    ),
+    Edit(
+        "test_sift.py::test_a_mask_without*",
+        "interventions/sift.py",
+        "if mask is None else update * block.take(mask)",
+        "",
+    ),
+    Edit("test_sift.py::test_the_random_gate*", "interventions/sift.py", "[: sum(chosen)]", "[: sum(chosen) - 1]"),
     Edit("test_mutants.py::test_each_kind*", MISTAKES, "case ast.Raise() |", "case"),
     Edit("test_mutants.py::test_a_mistake_is*", MISTAKES, "return Mistake(", "return Mistake(1 or "),
     Edit(
