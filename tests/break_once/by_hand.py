@@ -96,6 +96,12 @@ EDITS = [
         "(alpha * distance, 0)",
         "(alpha * distance, 0).cumsum(0)",
     ),
+    Edit(
+        "test_coupled.py::test_one_member_is*",
+        "interventions/renyi.py",
+        "/ alpha + torch.where(",
+        "/ alpha - torch.where(",
+    ),
     Edit("test_coupled.py::test_base_is*", "interventions/ensemble.py", "        self.hf.eval()", BASE_MOVES),
     Edit("test_restriction.py::test_a_copy_*", "interventions/sliced.py", "    def delta(self", COPY_SHARES),
     Edit(
