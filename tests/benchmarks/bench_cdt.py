@@ -176,7 +176,7 @@ def screen() -> None:
     """Screening at other sizes: fewer and more heads, short and long prompts."""
     global TURN
     TURN = 2
-    for layers, wide, length in ((6, 12, 32), (12, 6, 32), (24, 12, 16), (12, 12, 96)):
+    for layers, wide, length in ((6, 12, 32), (12, 6, 32), (12, 12, 8), (12, 12, 64)):
         arms = {name: ARMS[name] for name in ("exact", "screen=0.08")}
         label = f"screen {layers} {wide} {length}"
         found = in_turns(label, gpt2_small(layers, wide), length, arms, dict.fromkeys(arms, 1))
@@ -218,13 +218,13 @@ def peak(n: int, length: int, layers: range, dtype: torch.dtype) -> None:
 
 
 def memory() -> None:
-    """The whole problem, 336 heads and 50 examples, of short prompts: how much is in flight does not depend on their length."""
-    peak(50, 4, range(24), torch.float32)
+    """The whole problem, 336 heads and 50 examples, of the shortest prompts: what is in flight is bounded whatever their length."""
+    peak(50, 2, range(24), torch.float32)
 
 
 def long() -> None:
-    """50 long examples; heads of one layer, since more sources mean more chunks and not larger ones."""
-    peak(50, 128, range(22, 23), torch.bfloat16)
+    """Long examples, some chunks of them; heads of one layer, since more sources mean more chunks and not larger ones."""
+    peak(12, 128, range(22, 23), torch.float32)
 
 
 def growth() -> None:
@@ -232,7 +232,7 @@ def growth() -> None:
     axes = {
         "sources": [(12, 32, size) for size in (18, 36, 72, 144)],
         "tokens": [(12, length, 144) for length in (8, 16, 32, 64)],
-        "layers": [(layers, 32, 12 * layers) for layers in (3, 6, 12, 24)],
+        "layers": [(layers, 32, 12 * layers) for layers in (3, 6, 9, 12)],
     }
     curves: dict[str, dict[int, float]] = {}
     for axis, settings in axes.items():
@@ -263,7 +263,7 @@ def _draw(curves: dict[str, dict[int, float]]) -> None:
         reference = [y[-1] * (value / x[-1]) ** power for value in x]
         figure.add_scatter(x=x, y=reference, mode="lines", line=dict(color="#999", dash="dot"), row=1, col=column)
         figure.update_xaxes(type="log", title_text=titles[axis], tickvals=x, row=1, col=column)
-        figure.update_yaxes(type="log", row=1, col=column)
+        figure.update_yaxes(type="log", tickvals=y, ticktext=[f"{v:.2g}" for v in y], row=1, col=column)
     figure.update_layout(
         template="simple_white", showlegend=False, width=1000, height=320, margin=dict(t=15, b=10, r=10)
     )
