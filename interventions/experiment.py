@@ -80,6 +80,8 @@ IDENTITY = ("arm", "target", "n", "seed", "lr", "anchor", "depth")
 def compare(experiment: Experiment, progress: bool = True) -> list[dict[str, Any]]:
     """Run what is not in `directory/results.jsonl` yet, and return all lines. Interrupt it at any time; call it again to go on."""
     path = experiment.directory / "results.jsonl"
+    for splits, n in product(experiment.targets.values(), experiment.sizes):
+        target_examples(splits.train, n, experiment.source_examples, 0)  # raises before anything is computed
     done = read_lines(path)
     known = {identity(line) for line in done}
     for seed in experiment.seeds:
@@ -167,13 +169,8 @@ class Bench:
     def run(self, run: Mapping[str, Any]) -> dict[str, Any]:
         """One line of results."""
         plan, splits = self.experiment, self.experiment.targets[run["target"]]
-        pool = splits.train
         if run["arm"] != "untuned":
-            # The same examples for every arm; parallel sentences of the source stage are left out where the data is parallel.
-            _, rest = pool.split(plan.source_examples, self.seed) if len(pool) > plan.source_examples else (None, pool)
-            if run["n"] > len(rest):
-                raise ValueError(f"{run['n']} target examples were asked for, {len(rest)} are left of {pool.name}")
-            pool = rest.select(range(run["n"]))
+            pool = target_examples(splits.train, run["n"], plan.source_examples, self.seed)
         if run["arm"] == "tfidf":
             result = tfidf(pool, splits.valid, splits.test)
             names = list(splits.test.label_words)
@@ -201,6 +198,20 @@ class Bench:
     def test(self, name: str) -> dict[str, Any]:
         result = evaluate(self.model, self.tests[name])
         return measured(result.predictions.tolist(), result.gold.tolist())
+
+
+def target_examples(pool: Any, n: int, source_examples: int, seed: int) -> Any:
+    """n rows of a target, the same for every arm: rows whose place the source stage did not use, where enough of them are left.
+
+    In parallel data the same place is the same sentence; elsewhere nothing is lost by it.
+    """
+    if n > len(pool):
+        raise ValueError(f"{n} target examples were asked for, {pool.name} has {len(pool)}; ask for fewer")
+    if len(pool) - source_examples >= n:
+        pool = pool.split(source_examples, seed)[1]
+    elif n < len(pool):
+        pool = pool.split(n, seed)[0]
+    return pool.select(range(n))
 
 
 def at_depth(circuit: Circuit, depth: int) -> Circuit:

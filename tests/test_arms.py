@@ -10,7 +10,7 @@ from test_tuning import toy, words_tokenizer
 from circuits import Circuit, HeadScores, load
 from interventions.arms import ARMS, tfidf, tune_arm
 from interventions.avoiding import costs, disturbance
-from interventions.experiment import Bench, Experiment, Splits, at_depth, compare, restore, snapshot
+from interventions.experiment import Bench, Experiment, Splits, at_depth, compare, restore, snapshot, target_examples
 from interventions.masks import HeadMask
 from interventions.tradeoff import agreement, arrows, bootstrap, choose, points, summarise, table, trade_off
 
@@ -90,6 +90,20 @@ def test_a_circuit_is_what_its_discovery_had_at_each_depth():
     circuit = Circuit(["a2.h1", "a0.h0", "a1.h3"], 3, 4, {"steps": steps})
     assert [str(at_depth(circuit, depth)) for depth in (0, 1, 2)] == ["a2.h1", "a0.h0 a1.h3 a2.h1", "a0.h0 a1.h3 a2.h1"]
     assert at_depth(circuit, 0).matched_random(0).heads.isdisjoint(circuit.heads)
+
+
+def test_target_examples_avoid_the_rows_of_the_source_stage_where_enough_are_left(plan):
+    pool = toy(40, 4)
+    learn, rest = pool.split(24, seed=3)
+    assert target_examples(pool, 16, 24, seed=3) == rest
+    many = target_examples(pool, 20, 24, seed=3)
+    assert len(many) == 20 and many != target_examples(pool, 20, 24, seed=4)
+    assert target_examples(pool, 40, 24, seed=3) == pool
+    import dataclasses
+
+    with pytest.raises(ValueError, match="41 target examples were asked for, .* has 40; ask for fewer"):
+        compare(dataclasses.replace(plan, sizes=(41,), directory=plan.directory / "large"), progress=False)
+    assert not (plan.directory / "large").exists()
 
 
 def test_a_depth_that_adds_no_head_is_not_trained_again(plan):
