@@ -173,10 +173,8 @@ def heads() -> None:
 
 
 def screen() -> None:
-    """Screening at other sizes: fewer and more heads, short and long prompts."""
-    global TURN
-    TURN = 2
-    for layers, wide, length in ((6, 12, 32), (12, 6, 32), (12, 12, 8), (12, 12, 64)):
+    """Screening at other sizes: fewer and more heads, shorter prompts."""
+    for layers, wide, length in ((6, 12, 32), (12, 6, 32), (12, 12, 8), (24, 12, 8)):
         arms = {name: ARMS[name] for name in ("exact", "screen=0.08")}
         label = f"screen {layers} {wide} {length}"
         found = in_turns(label, gpt2_small(layers, wide), length, arms, dict.fromkeys(arms, 1))
