@@ -127,6 +127,29 @@ def test_one_member_is_plain_training_for_every_alpha():
     torch.testing.assert_close(ends[0], ends[2])
 
 
+def completion_log_p(hf, ids: list[int], prompt: int) -> float:
+    """log p of a completion alone: everything after the first `prompt` tokens."""
+    with torch.no_grad():
+        log_p = torch.log_softmax(hf(input_ids=torch.tensor([ids])).logits[0], -1)
+    return sum(log_p[i - 1, ids[i]].item() for i in range(prompt, len(ids)))
+
+
+@pytest.mark.parametrize("alpha", (0.0, 1e-9, 0.3, 1.0, 4.0, float("inf")))
+def test_new_members_have_the_loss_of_the_base_whatever_alpha(alpha):
+    ensemble = RenyiEnsemble(tiny("llama"), 3, alpha, r=2, target_modules="all-linear")
+    s = ensemble.log_likelihood(ROWS)
+    expected = -sum(completion_log_p(ensemble.hf, row["input_ids"], 2) for row in ROWS) / len(ROWS)
+    assert renyi_loss(s, alpha).item() == pytest.approx(expected, rel=1e-4)
+
+
+def test_prompts_and_padding_have_no_loss():
+    ensemble = RenyiEnsemble(tiny("llama"), 1, r=2)
+    rows = [{"prompt": ids[:3], "completion": ids[3:]} for ids in ragged(4, lengths=(9, 5, 7))]
+    expected = [completion_log_p(ensemble.hf, row["prompt"] + row["completion"], 3) for row in rows]
+    assert ensemble.log_likelihood(rows)[0].tolist() == pytest.approx(expected, abs=1e-3)
+    assert ensemble.log_likelihood(rows[1:2])[0].item() == pytest.approx(expected[1], abs=1e-3)
+
+
 def test_dpo_of_one_member_is_dpo():
     ensemble = apart(members=1)
     margins = ensemble.margins(PAIRS)[0]
