@@ -145,6 +145,7 @@ def test_saved_checkpoint_is_plain_and_predicts_the_same(tmp_path):
     model.hf.save_pretrained(tmp_path)
     again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
     assert torch.equal(again(TOKENS).logits, model.hf(TOKENS).logits)
+    assert not torch.allclose(again(TOKENS).logits, tiny("qwen3")(TOKENS).logits, atol=1e-3)
 
 
 def test_a_leak_is_found_and_named():

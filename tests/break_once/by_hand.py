@@ -102,6 +102,25 @@ EDITS = [
         "/ alpha + torch.where(",
         "/ alpha - torch.where(",
     ),
+    Edit("test_sift.py::test_accumulated_*", "interventions/gradient_pairs.py", "held.add_(gradient)", "gradient"),
+    Edit(
+        "test_tuning.py::test_adapters_of*",
+        "interventions/tuning.py",
+        "if parameter.requires_grad]",
+        "if parameter.requires_grad_() is not None]",
+    ),
+    Edit(
+        "test_selection.py::test_the_cache_is*",
+        "circuits/prefix.py",
+        "[copy.copy(layer) for layer in cache.layers]",
+        "cache.layers",
+    ),
+    Edit(
+        "test_restriction.py::test_saved_checkpoint*",
+        "interventions/restriction.py",
+        ".add_(delta.narrow(",
+        ".add_(0 * delta.narrow(",
+    ),
     Edit("test_coupled.py::test_base_is*", "interventions/ensemble.py", "        self.hf.eval()", BASE_MOVES),
     Edit("test_restriction.py::test_a_copy_*", "interventions/sliced.py", "    def delta(self", COPY_SHARES),
     Edit(
