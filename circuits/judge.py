@@ -141,8 +141,7 @@ def _curve(
     """f at every size, and the intervals of the areas under it."""
     sizes = [int(p * scores.values.numel() / 100 + 0.5) for p in PERCENT]  # below half a head nothing is kept and f = 0
     wanted = sorted({size for size in sizes if size})
-    options = dict(ablate=ablate, sizes=wanted, controls=0, seed=seed, progress=progress)
-    curve = faithfulness(model, held, scores, **options)
+    curve = faithfulness(model, held, scores, ablate=ablate, sizes=wanted, controls=0, seed=seed, progress=progress)
     place = {int(size): i for i, size in enumerate(curve.sizes)}
 
     def kept(weights: Float[Tensor, " example"]) -> tuple[float, ...]:
