@@ -32,6 +32,7 @@ class Aligned:
     history: dict[str, Float[Tensor, "prompt round"]] = field(default_factory=dict)
     mean: Float[Tensor, "prompt tau d"] | None = None
     token_kl: Float[Tensor, "prompt tau"] | None = None
+    model: str = ""
 
     def __repr__(self) -> str:
         """One line of costs, then a line for each of the first prompts."""

@@ -135,8 +135,9 @@ def report(
     numbers["mutual_information"] = seen.mutual_information.mean().item()
     weights = ensemble.responsibilities(task)
     figure = routing(
-        weights, list(labels), seen.mutual_information, texts=list(texts), title="Who answers for which label"
-    )
+        weights, list(labels), seen.mutual_information, texts=list(texts), title="Who answers for which label",
+        about=f"{ensemble.model.name} · {task.name} · alpha {ensemble.alpha:g}",
+    )  # fmt: skip
     calibrated = (
         "How far the mixture's probabilities can be trusted: ece, nll and brier are better when lower; aurc is the risk left "
         "when the examples with the most disagreement are put aside first (lower is better)."

@@ -198,9 +198,14 @@ def train(
     save_run(out, "interfere train", options)
     if gates:
         title, provenance = f"luthier interfere train: {control}", options | versions()
+        about = f"{loaded.name} · {objective.stem} against {constraint.stem} · {control}"
         command = command_line()
         viz.report(
-            out / "report.html", {"Conflict": viz.gating(gates)}, title=title, provenance=provenance, command=command
+            out / "report.html",
+            {"Conflict": viz.gating(gates, about=about)},
+            title=title,
+            provenance=provenance,
+            command=command,
         )
     rows = [{"step": i + 1, **records[i]._asdict()} for i in (0, len(records) - 1)]
     if json_:

@@ -20,7 +20,9 @@ def save_look(model: "Model", task: "Task", scores: "HeadScores", circuit: "Circ
         words.append([model.tokenizer.decode([token]) for token in row.tolist()])
         for head, pattern in patterns(model, row, heads).items():
             tensors[f"{index}.{head}"] = pattern
-    save_tensors(out / "look", tensors, {"format": "luthier.look/1", "words": words, "model": model.name})
+    save_tensors(
+        out / "look", tensors, {"format": "luthier.look/1", "words": words, "model": model.name, "task": task.name}
+    )
 
 
 def save_edges(model: "Model", task: "Task", circuit: "Circuit", out: Path, quiet: bool) -> None:
@@ -60,8 +62,8 @@ def look_sections(folder: Path, scores: "HeadScores | None", circuit: "Circuit |
         for index, words in enumerate(meta["words"]):
             found = {Head.parse(k.split(".", 1)[1]): v for k, v in tensors.items() if k.startswith(f"{index}.")}
             found = {head: found[head] for head in sorted(found, key=lambda h: -abs(scores[h]) if scores else h.layer)}
-            about = f"{meta['model']} · {' '.join(word.strip() for word in words)}"
-            items.append(viz.attention(found, words, about=about[:140]))
+            about = f"{meta['model']} · {meta.get('task', '')} · example {index + 1} of {len(meta['words'])}"
+            items.append(viz.attention(found, words, about=about))
     return {"Inside the circuit": items} if items else {}
 
 

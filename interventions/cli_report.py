@@ -206,6 +206,7 @@ def _interference(folder: Path) -> dict[str, Any]:
     if not (folder / "interference.json").is_file():
         return {}
     measured = Interference.load(folder / "interference.json")
+    about = _between(folder)
     against = sum(value < 0 for value in measured.values().values())
     text = (
         f"Do two objectives pull the same weights apart? By {measured.view}: the cosine of the two updates is "
@@ -216,4 +217,16 @@ def _interference(folder: Path) -> dict[str, Any]:
         "Updates can also use the same directions without opposing each other. The curves show how far the leading "
         "directions are common: 1 is shared, 0 is not; the legend says what chance would give."
     )
-    return {"Interference": [text, viz.interference(measured), shared, viz.spectrum(measured)]}
+    figures = viz.interference(measured, about=about), viz.spectrum(measured, about=about)
+    return {"Interference": [text, figures[0], shared, figures[1]]}
+
+
+def _between(folder: Path) -> str:
+    """The two objectives of `luthier interfere measure`, as its run.json names them."""
+    from circuits.files import read_json
+
+    options = read_json(folder / "run.json")["options"] if (folder / "run.json").is_file() else {}
+    if not {"first", "second", "n"} <= options.keys():
+        return ""
+    first, second = (Path(options[name]).name for name in ("first", "second"))
+    return f"{first} against {second}, up to n={options['n']} rows each"

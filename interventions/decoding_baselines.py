@@ -186,4 +186,5 @@ class Run:
             scored=self.scorer.scored,
             invalid=self.scorer.invalid,
             seconds=time.perf_counter() - self.started,
+            model=self.decoder.name,
         )

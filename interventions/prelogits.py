@@ -249,6 +249,7 @@ def collected(decoder: Decoder, scorer: Scorer, searches: list[Search], seconds:
         history={name: padded_rows([s.history[name] for s in searches]) for name in searches[0].history},
         mean=torch.stack([s.mean for s in searches]).cpu(),
         token_kl=padded_rows([row for chunk in in_chunks(searches, 64) for row in token_kl(decoder, chunk)]),
+        model=decoder.name,
     )
 
 

@@ -84,6 +84,7 @@ class Decoder:
             raise ValueError("decoding gives text to a reward, so it needs a tokenizer: load(name, tokenizer=...)")
         if any(getattr(peft, "is_prompt_learning", False) for peft in getattr(self.hf, "peft_config", {}).values()):
             raise ValueError("prompt-learning adapters put virtual tokens in the cache; use LoRA-like adapters here")
+        self.name = str(getattr(model, "name", "") or getattr(self.hf, "name_or_path", ""))
         self.device = self.head.weight.device
         self.vocabulary = self.head.weight.shape[0]
         self.dtype = self.head.weight.dtype

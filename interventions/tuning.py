@@ -56,6 +56,7 @@ class Tuning:
     distance: float
     proof: str
     options: dict[str, Any] = field(default_factory=dict)
+    model: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         return dict(vars(self))
@@ -142,7 +143,7 @@ def finetune(
     options = dict(epochs=epochs, lr=lr, batch_size=batch_size, seed=seed, loss=loss, weight_decay=weight_decay)
     options |= dict(anchor=anchor, clip=clip, kept_epoch=best.epoch, mask=None if mask is None else mask.policy)
     proof = restricted.proof() if restricted else ""
-    return Tuning(task.name, before, after, history, trained, moved, total, distance, proof, options)
+    return Tuning(task.name, before, after, history, trained, moved, total, distance, proof, options, model.name)
 
 
 def step(

@@ -3,6 +3,7 @@
 Screenshots go to artifacts/screenshots/gallery-*.png for people to look at.
 """
 
+import re
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,7 +19,8 @@ from circuits.measurement import Interference
 CHROMIUM = shutil.which("chromium")
 SHOTS = Path(__file__).resolve().parents[1] / "artifacts" / "screenshots"
 WORDS = "<s> when Mary and Tom went to the park , Tom gave the ball to".split()
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine (apt-get install chromium)")
+ABOUT = {"model": "an/organisation-with-a-long-name-7b", "task": "sentiment of reviews"}
+KNOWN = f"{ABOUT['model']} · {ABOUT['task']} · n=50"
 
 
 def normal(*shape, seed=0):
@@ -27,11 +29,10 @@ def normal(*shape, seed=0):
 
 def figures():
     """One of each, with more than one state where the function has states."""
-    about = {"model": "an/organisation-with-a-long-name-7b", "task": "sentiment of reviews"}
-    scores = [HeadScores.from_examples(normal(30, 6, 8, seed=i) + normal(6, 8), f"method {i}", **about) for i in (0, 1)]
+    scores = [HeadScores.from_examples(normal(30, 6, 8, seed=i) + normal(6, 8), f"method {i}", **ABOUT) for i in (0, 1)]
     circuit = scores[0].top(7)
     edges = {(a, b): scores[0][a] for a in circuit for b in circuit if a.layer < b.layer}
-    arm = {"before": {"min": {"accuracy": 0.5, "n": 100}, "ind": {"accuracy": 0.8, "n": 400}}, "task": "min"}
+    arm = {"before": {"min": {"accuracy": 0.5, "n": 100}, "ind": {"accuracy": 0.8, "n": 400}}, **ABOUT}
     arms = {
         name: arm | {"after": {"min": {"accuracy": 0.6 + up, "n": 100}, "ind": {"accuracy": 0.79 - up, "n": 400}}}
         for name, up in (("circuit", 0.05), ("near-zero heads", 0.02), ("everything", 0.1))
@@ -42,25 +43,27 @@ def figures():
         "heatmap": viz.heatmap(scores, circuit),
         "flow": viz.flow(circuit, scores[0], edges),
         "flow over tokens": viz.flow(circuit, scores[0], edges, positions=places, tokens=WORDS),
-        "attention": viz.attention(patterns, WORDS, about="model · " + " ".join(WORDS)),
-        "tokens": viz.tokens([WORDS, WORDS[:5]], [normal(len(WORDS)), normal(5)], about="model · task · n=2"),
+        "attention": viz.attention(patterns, WORDS, about=KNOWN),
+        "tokens": viz.tokens([WORDS, WORDS[:5]], [normal(len(WORDS)), normal(5)], about=KNOWN),
         "compare": viz.compare(*scores),
         "faithful": viz.faithful({"circuit": curve(0), "another method": curve(1)}),
         "training": viz.training(arms),
         "gating": viz.gating(
-            [{f"model.layers.{i}.mlp.up_proj.weight": float(normal(1, seed=i)) for i in range(9)}] * 9
+            [{f"model.layers.{i}.mlp.up_proj.weight": float(normal(1, seed=i)) for i in range(9)}] * 9, about=KNOWN
         ),
-        "interference": viz.interference({0: measured(0), 100: measured(1)}),
-        "spectrum": viz.spectrum(measured()),
+        "interference": viz.interference(
+            {0: measured(0), 100: measured(1)}, about=f"{ABOUT['task']} against facts, n=50 each"
+        ),
+        "spectrum": viz.spectrum(measured(), about=f"{ABOUT['task']} against facts, n=50 each"),
         "decoding": viz.decoding(decoded()),
-        "routing": viz.routing(normal(4, 40).softmax(0), ["plain", "ironic"] * 20, normal(40).abs()),
+        "routing": viz.routing(normal(4, 40).softmax(0), ["plain", "ironic"] * 20, normal(40).abs(), about=KNOWN),
     }
 
 
 def curve(seed):
     full, empty = 2 + normal(30, seed=seed).abs(), normal(30, seed=seed).abs()
     margins = empty + torch.tensor([0.0, 0.5, 0.9, 1.0])[:, None] * (full - empty)
-    draws, about = margins * 0.6 * torch.ones(5, 1, 1), {"model": "m", "task": "t", "method": "x", "ablate": "mean"}
+    draws, about = margins * 0.6 * torch.ones(5, 1, 1), {**ABOUT, "method": "x", "ablate": "mean"}
     return FaithfulnessCurve(
         torch.tensor([0, 4, 16, 48]), margins, margins > 1, full, empty, full > 0, draws, draws > 1, margins * 0.1,
         margins > 2, ("", "a0.h1", "a0.h1 a2.h2", "all"), about,
@@ -69,7 +72,7 @@ def curve(seed):
 
 def measured(seed=0):
     heads = {str(Head(i // 4, i % 4)): overlap(*normal(2, 8, 6, seed=10 * seed + i), 3) for i in range(12)}
-    return Interference(heads, "head", model="model")
+    return Interference(heads, "head", model=ABOUT["model"])
 
 
 def decoded():
@@ -78,12 +81,19 @@ def decoded():
     }
     norm, count = normal(3, 12).abs(), torch.tensor([64] * 3)
     return SimpleNamespace(
-        history=history, perturbation_norm=lambda: norm, prompts=["a"] * 3, samples=count, seconds=1.0
+        model=ABOUT["model"],
+        history=history,
+        perturbation_norm=lambda: norm,
+        prompts=["a"] * 3,
+        samples=count,
+        seconds=1.0,
     )
 
 
 @pytest.fixture(scope="module", params=["light", "dark"])
 def page(request, tmp_path_factory):
+    if CHROMIUM is None:
+        pytest.skip("no chromium on this machine (apt-get install chromium)")
     from playwright.sync_api import sync_playwright
 
     path = viz.report(tmp_path_factory.mktemp("gallery") / "page.html", figures())
@@ -108,6 +118,14 @@ BOXES = """() => [...document.querySelectorAll('.plot')].map(plot => {
 
 def meet(a, b):
     return min(a[2], b[2]) > max(a[0], b[0]) and min(a[3], b[3]) > max(a[1], b[1])
+
+
+def test_every_title_says_model_task_and_how_many():
+    for name, figure in figures().items():
+        title = figure.layout.title.text
+        assert ABOUT["model"] in title, f"{name}: {title}"
+        assert ABOUT["task"] in title or name == "decoding", f"{name}: {title}"  # which has prompts, not a task
+        assert re.search(r"n=\d|3 prompts", title), f"{name}: {title}"
 
 
 def test_titles_are_whole_and_nothing_lies_on_them(page):

@@ -125,7 +125,9 @@ def training(
         figure.add_trace(_arrow(name, arm, goal, kept, theme.CATEGORIES[colour], ("solid", "dash", "dot")[cycle % 3]))
     first = next(iter(arms.values()))
     tuned = f"tuned on {first['task']}" if first.get("task") else None
-    about = theme.describe(tuned, *_sizes(first, goal, kept), "from before to after, whiskers: standard error")
+    about = theme.describe(
+        first.get("model"), tuned, *_sizes(first, goal, kept), "from before to after, whiskers: standard error"
+    )
     theme.apply(figure, title or "Gained on the target, kept elsewhere", about)
     if len(arms) > 4:  # in one row they would run into the subtitle
         figure.update_layout(legend={"orientation": "v", "x": 1.02, "xanchor": "left", "y": 1, "yanchor": "top"})

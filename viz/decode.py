@@ -35,6 +35,7 @@ def decoding(result: Any, *, title: str | None = None) -> go.Figure:
     norm = result.perturbation_norm()
     _line(figure, 3, list(range(1, norm.shape[1] + 1)), norm, "|u|", theme.PURPLE)
     about = theme.describe(
+        result.model,
         f"{len(result.prompts)} prompts",
         f"{int(result.samples.sum())} scored samples",
         f"{result.seconds:.1f} s",

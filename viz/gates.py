@@ -7,11 +7,11 @@ import plotly.graph_objects as go
 from . import theme
 
 
-def gating(steps: Sequence[Mapping[str, float]], *, title: str | None = None) -> go.Figure:
+def gating(steps: Sequence[Mapping[str, float]], *, title: str | None = None, about: str = "") -> go.Figure:
     """One row per block, one column per step, blue where the objectives conflict (negative cosine).
 
     A step is {block name: cosine}, as `{gate.block.name: gate.cosine for gate in optimizer.last}` gives it; blocks that a step does
-    not name stay empty.
+    not name stay empty. `about` says what was trained: model, tasks, method.
     """
     names = list(dict.fromkeys(name for step in steps for name in step))
     if not names:
@@ -26,9 +26,9 @@ def gating(steps: Sequence[Mapping[str, float]], *, title: str | None = None) ->
     )  # fmt: skip
     figure = go.Figure(cells)
     conflict = f"{sum(value < 0 for value in known)} of {len(known)} in conflict"
-    about = theme.describe(f"{len(names)} blocks", f"{len(steps)} steps", conflict)
+    subtitle = theme.describe(about, f"{len(names)} blocks", f"{len(steps)} steps", conflict)
     theme.apply(
-        figure, title or "Where and when the objectives conflict", about, height=max(360, 140 + 16 * len(names))
+        figure, title or "Where and when the objectives conflict", subtitle, height=max(360, 140 + 16 * len(names))
     )
     figure.update_xaxes(title="step", showgrid=False)
     figure.update_yaxes(autorange="reversed", showgrid=False)

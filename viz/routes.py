@@ -18,9 +18,10 @@ def routing(
     *,
     texts: Sequence[str] | None = None,
     title: str | None = None,
+    about: str = "",
 ) -> go.Figure:
     """Members by groups of examples: mean responsibility, 1/M where nobody specialises. Without groups: by example,
-    ordered by the member that answers. `uncertainty` (mutual information, nats) adds one dot per example below."""
+    ordered by the member that answers. `uncertainty` (mutual information, nats) adds one dot per example below. `about`: the model and the task, which a tensor cannot say."""
     members, examples = responsibilities.shape
     for name, given in (("groups", groups), ("texts", texts), ("uncertainty", uncertainty)):
         if given is not None and len(given) != examples:
@@ -35,8 +36,10 @@ def routing(
     if uncertainty is not None:
         figure.add_trace(_dots(uncertainty, order, groups, texts), row=2, col=1)
     height = max(300, 180 + 30 * members) + (0 if uncertainty is None else 200)
-    about = theme.describe(f"{members} members", f"n={examples}", f"{1 / members:.2f} where nobody specialises")
-    theme.apply(figure, title or "Who answers for what", about, height=height)
+    subtitle = theme.describe(
+        about, f"{members} members", f"n={examples}", f"{1 / members:.2f} where nobody specialises"
+    )
+    theme.apply(figure, title or "Who answers for what", subtitle, height=height)
     figure.update_yaxes(title="member", autorange="reversed", dtick=1, showgrid=False, row=1, col=1)
     figure.update_xaxes(title="" if shown else "example", showgrid=False, row=1, col=1)
     if uncertainty is not None:

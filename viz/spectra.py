@@ -15,11 +15,16 @@ SHOWN = 12  # blocks a spectrum can switch between
 
 
 def interference(
-    measured: Interference | Mapping[int, Interference], metric: str = "cosine", *, title: str | None = None
+    measured: Interference | Mapping[int, Interference],
+    metric: str = "cosine",
+    *,
+    title: str | None = None,
+    about: str = "",
 ) -> go.Figure:
     """A metric of `Overlap` per block: layer × head for the head view, else one bar per block. Blue (negative) is conflict.
 
     A mapping of step to measurement gets a slider over the steps, with one colour scale for all of them.
+    `about` says between what it was measured: two tasks with their n, two checkpoints.
     """
     steps = {0: measured} if isinstance(measured, Interference) else dict(measured)
     if not steps:
@@ -33,9 +38,11 @@ def interference(
     limit = max(abs(value) for each in steps.values() for value in each.values(metric).values()) or 1.0
     draw = _cells if first.view == "head" else _bars
     figure = go.Figure([draw(each, metric, limit, index == 0) for index, each in enumerate(steps.values())])
-    about = theme.describe(first.model, f"by {first.view}", f"whole model: {metric} {first.total[metric]:+.3f}")
+    subtitle = theme.describe(
+        first.model, about, f"by {first.view}", f"whole model: {metric} {first.total[metric]:+.3f}"
+    )
     height = 300 + 20 * (len(first.overlaps) if first.view != "head" else 0)
-    theme.apply(figure, title or f"Interference: {metric}", about, height=int(min(1000, max(360, height))))
+    theme.apply(figure, title or f"Interference: {metric}", subtitle, height=int(min(1000, max(360, height))))
     if first.view == "head":
         figure.update_xaxes(title="head", dtick=1, showgrid=False)
         figure.update_yaxes(title="layer", dtick=1, showgrid=False, autorange="reversed")
@@ -81,11 +88,12 @@ def _slider(figure: go.Figure, steps: list[int]) -> None:
     figure.update_layout(margin={"b": 130})
 
 
-def spectrum(measured: Interference, *, title: str | None = None) -> go.Figure:
+def spectrum(measured: Interference, *, title: str | None = None, about: str = "") -> go.Figure:
     """Which of the K leading directions two objectives share: cosines of the principal angles, per block.
 
     1 is a common direction, 0 an orthogonal one; the dropdown lists the blocks that share most beyond chance.
     Solid: the output side (left singular vectors); dashed: the input side.
+    `about` says between what it was measured.
     """
     ranked = sorted(
         measured.overlaps,
@@ -98,9 +106,8 @@ def spectrum(measured: Interference, *, title: str | None = None) -> go.Figure:
     for index, name in enumerate(blocks):
         for side, colour, dash in (("left", theme.BLUE, "solid"), ("right", theme.ORANGE, "dash")):
             figure.add_trace(_angles(measured, name, side, colour, dash, visible=index == 0))
-    theme.apply(
-        figure, title or "Directions two objectives share", theme.describe(measured.model, f"by {measured.view}")
-    )
+    subtitle = theme.describe(measured.model, about, f"by {measured.view}")
+    theme.apply(figure, title or "Directions two objectives share", subtitle)
     figure.update_xaxes(title="principal angle, from the most shared", tickformat="d", nticks=measured[blocks[0]].K + 1)
     figure.update_yaxes(title="cosine", range=[-0.02, 1.05])
     buttons = [
