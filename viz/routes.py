@@ -21,7 +21,8 @@ def routing(
     about: str = "",
 ) -> go.Figure:
     """Members by groups of examples: mean responsibility, 1/M where nobody specialises. Without groups: by example,
-    ordered by the member that answers. `uncertainty` (mutual information, nats) adds one dot per example below. `about`: the model and the task, which a tensor cannot say."""
+    ordered by the member that answers. `uncertainty` (mutual information, nats) adds one dot per example below.
+    `about`: the model and the task, which a tensor cannot say."""
     members, examples = responsibilities.shape
     for name, given in (("groups", groups), ("texts", texts), ("uncertainty", uncertainty)):
         if given is not None and len(given) != examples:
