@@ -34,6 +34,7 @@ class Case(NamedTuple):
     layers: list[int] | None = None  # adapted layers; None: all
     targets: str | list[str] = "all-linear"
     answer: int | None = None  # only the last so many tokens of a text have a loss
+    trimmed: bool = False  # the loop computes logits there only too (`logits_to_keep`), which Trainers do not
 
 
 CASES = {
@@ -44,6 +45,7 @@ CASES = {
     "wide, upper half": Case(4, 512, 8000, SHORT + LONG, [2, 3]),
     "wide, last layer": Case(4, 512, 8000, SHORT + LONG, [3]),
     "wide, answers": Case(4, 512, 32000, SHORT[-1:] + LONG, None, "all-linear", 32),
+    "wide, answers, trimmed loop": Case(4, 512, 32000, SHORT[-1:] + LONG, None, "all-linear", 32, True),
     "half a billion's width, last layer, answers": Case(4, 896, 32000, SHORT[-1:] + LONG, [3], "all-linear", 32),
 }
 
@@ -100,6 +102,7 @@ def peft_step(case: Case, ensemble):
     for parameter in factors:
         parameter.requires_grad_(True)
     optimizer = torch.optim.AdamW(factors, lr=1e-4, fused=True)
+    kept = case.answer + 1 if case.trimmed and case.answer else 0  # 0: all
 
     def step(data: list[dict]) -> float:
         tokens, labels = (torch.tensor([row[name] for row in data]) for name in ("input_ids", "labels"))
@@ -107,8 +110,9 @@ def peft_step(case: Case, ensemble):
         s = []
         for member in range(MEMBERS):
             model.set_adapter(f"m{member}")
-            logits = model(input_ids=tokens, use_cache=False).logits[:, :-1]
-            loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), reduction="none")
+            logits = model(input_ids=tokens, use_cache=False, logits_to_keep=kept).logits[:, :-1]
+            wanted = labels[:, -logits.shape[1] :].flatten()
+            loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), wanted, reduction="none")
             s.append(-loss.view(len(tokens), -1).sum(1))
         for parameter in factors:
             parameter.requires_grad_(True)

@@ -82,9 +82,10 @@ def main() -> None:
         path.parent.name: Circuit.load(path) for path in sorted(experiment.directory.glob("seed-*/circuit.json"))
     }
     found: dict[str, Any] = {"circuits": {seed: str(circuit) for seed, circuit in circuits.items()}, "tables": []}
+    reference = "circuit" if "circuit" in given.arms else given.arms[0]
     for target, n in product(given.targets, given.sizes):
-        rows, settings = summarise(lines, target, n), points(lines, target, n)
-        print(f"\n### {target}, {n} examples\n\n{table(rows)}\n\n{trade_off(lines, target, n)}")
+        rows, settings = summarise(lines, target, n, reference), points(lines, target, n)
+        print(f"\n### {target}, {n} examples\n\n{table(rows, reference)}\n\n{trade_off(lines, target, n)}")
         both = {"arms": [row._asdict() for row in rows], "settings": [point._asdict() for point in settings]}
         found["tables"].append({"target": target, "n": n, **both})
     print(f"\nHead-set Jaccard index over {len(circuits)} seeds: {agreement(list(circuits.values())):.2f}")
