@@ -22,6 +22,7 @@ from .renyi import preference_log_likelihood
 from .unembedding import hidden_log_likelihood, hidden_states, plain_head
 
 FORMS = ("sequence", "mean", "token")
+FOLDED_TOKENS = 2048  # on a CPU: activations of more leave its caches, which costs up to a third
 
 
 class TargetLogLikelihood(torch.autograd.Function):
@@ -127,9 +128,26 @@ class Objective:
     @contextmanager
     def _sum(self, rows: Tensor, which: slice, form: str) -> Iterator[Float[Tensor, "member batch"]]:
         batch = self.examples.select(rows).to(next(self.hf.parameters()).device)
-        with self.stack.attached(self.hf, which) as repeat:
-            count = len(range(self.stack.members)[which])
-            yield combine(token_values(self.hf, batch, count, repeat), batch, form)
+        *others, last = self._folds(which, batch)
+        parts = []
+        for members in others:
+            with self.stack.attached(self.hf, members) as repeat:
+                parts.append(self._fold(batch, members, repeat, form))
+        with self.stack.attached(self.hf, last) as repeat:
+            parts.append(self._fold(batch, last, repeat, form))
+            yield torch.cat(parts)
+
+    def _folds(self, which: slice, batch: Examples) -> list[slice]:
+        """Members of one forward each: all at once where they share layers, and where the forward may run again."""
+        members = range(self.stack.members)[which]
+        whole = self.stack.first or batch.tokens.is_cuda or getattr(self.hf, "is_gradient_checkpointing", False)
+        count = len(members) if whole else max(1, FOLDED_TOKENS // batch.tokens.numel())
+        return [
+            slice(part[0], part[-1] + 1) for part in (members[n : n + count] for n in range(0, len(members), count))
+        ]
+
+    def _fold(self, batch: Examples, members: slice, repeat: int, form: str) -> Float[Tensor, "member batch"]:
+        return combine(token_values(self.hf, batch, members.stop - members.start, repeat), batch, form)
 
 
 def token_values(hf: nn.Module, batch: Examples, count: int = 1, repeat: int = 1) -> Float[Tensor, "member target"]:

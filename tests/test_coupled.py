@@ -3,6 +3,7 @@ import copy
 import pytest
 import torch
 
+from interventions import likelihood
 from interventions.coupled import Settings, clip_members, joint_gradient, two_pass_gradient
 from interventions.ensemble import RenyiEnsemble
 from interventions.renyi import renyi_loss
@@ -242,6 +243,29 @@ def test_gradient_checkpointing_changes_nothing():
     ensemble.hf.activation_checkpointing_enable({"use_reentrant": False})
     ensemble.hf.train()
     torch.testing.assert_close(gradients(ensemble, ROWS, joint_gradient), plain, atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize("family", ("llama", "gpt2"))
+def test_members_in_several_folds_are_members_in_one(family, monkeypatch):
+    """A fold of at most so many tokens; but one forward where members share layers, or where it runs again."""
+    forwards = []
+
+    def folded(ensemble) -> tuple[torch.Tensor, int]:
+        forwards.clear()
+        return gradients(ensemble, ROWS, joint_gradient), len(forwards)
+
+    every, upper = apart(family), apart(family, layers=[1, 2])
+    for ensemble in (every, upper):
+        ensemble.hf.register_forward_hook(lambda *_: forwards.append(1))
+    whole, once = folded(every)
+    for tokens, expected in ((1, 3), (110, 2)):  # a member's batch is 6 x 8 tokens
+        monkeypatch.setattr(likelihood, "FOLDED_TOKENS", tokens)
+        parts, times = folded(every)
+        torch.testing.assert_close(parts, whole, atol=1e-7, rtol=1e-5)
+        assert (once, times, folded(upper)[1]) == (1, expected, 1)
+    every.hf.activation_checkpointing_enable({"use_reentrant": False})
+    every.hf.train()
+    assert folded(every)[1] == 1 and (whole.norm(dim=1) > 0).all()
 
 
 def test_bad_settings_are_told_all_at_once():
