@@ -61,15 +61,17 @@ def test_the_update_is_the_polar_reference(m, n, K):
     assert values[2 * K :].abs().sum() < 1e-10
 
 
-def test_the_closed_form_in_principal_angles():
-    """polar(U^) from K x K matrices only: specification 2.1 (1)."""
-    K = 5
-    (Uf, _, _), (Ug, _, _) = leading(gaussian(24, 40), K), leading(gaussian(24, 40, seed=1), K)
-    P, c, Qh = torch.linalg.svd(Uf.T @ Ug)
-    a, b = (((1 + c).rsqrt() + sign * (1 - c).rsqrt()) / 2 for sign in (1, -1))
-    f = Uf @ (P * a) @ P.T + Ug @ (Qh.T * b) @ P.T
-    g = Uf @ (P * b) @ Qh + Ug @ (Qh.T * a) @ Qh
-    torch.testing.assert_close(torch.cat([f, g], 1), msign(torch.cat([Uf, Ug], 1)), rtol=1e-10, atol=1e-12)
+def test_the_update_is_the_closed_form_in_principal_angles():
+    """The two polar factors from K x K matrices only: specification 2.1 (1)."""
+    K, M_f, M_g = 5, gaussian(24, 40), gaussian(24, 40, seed=1)
+    factors = []
+    for first, second in zip(leading(M_f, K)[::2], leading(M_g, K)[::2], strict=True):  # left and right directions
+        P, c, Qh = torch.linalg.svd(first.T @ second)
+        a, b = (((1 + c).rsqrt() + sign * (1 - c).rsqrt()) / 2 for sign in (1, -1))
+        f = first @ (P * a) @ P.T + second @ (Qh.T * b) @ P.T
+        g = first @ (P * b) @ Qh + second @ (Qh.T * a) @ Qh
+        factors.append(torch.cat([f, g], 1))
+    torch.testing.assert_close(interference_free(M_f, M_g, K), factors[0] @ factors[1].T, rtol=1e-10, atol=1e-12)
 
 
 def test_same_opposite_and_absent_tasks():

@@ -33,7 +33,7 @@ class Case(NamedTuple):
     shapes: tuple[tuple[int, int], ...]
     layers: list[int] | None = None  # adapted layers; None: all
     targets: str | list[str] = "all-linear"
-    answer: int | None = None  # only the last so many tokens of a text have a loss
+    answer: float | None = None  # only this last part of a text has a loss, as in rows of prompt and completion
     trimmed: bool = False  # the loop computes logits there only too (`logits_to_keep`), which Trainers do not
 
 
@@ -44,9 +44,13 @@ CASES = {
     "wide, q and v": Case(4, 512, 8000, SHORT[-1:] + LONG, None, ["q_proj", "v_proj"]),
     "wide, upper half": Case(4, 512, 8000, SHORT + LONG, [2, 3]),
     "wide, last layer": Case(4, 512, 8000, SHORT + LONG, [3]),
-    "wide, answers": Case(4, 512, 32000, SHORT[-1:] + LONG, None, "all-linear", 32),
-    "wide, answers, trimmed loop": Case(4, 512, 32000, SHORT[-1:] + LONG, None, "all-linear", 32, True),
-    "half a billion's width, last layer, answers": Case(4, 896, 32000, SHORT[-1:] + LONG, [3], "all-linear", 32),
+    "stories, answers": Case(8, 128, 14019, SHORT + LONG, answer=0.25),
+    "stories, answers, trimmed loop": Case(8, 128, 14019, SHORT + LONG, answer=0.25, trimmed=True),
+    "nusantara, answers": Case(6, 192, 8000, SHORT + LONG, answer=0.25),
+    "nusantara, answers, trimmed loop": Case(6, 192, 8000, SHORT + LONG, answer=0.25, trimmed=True),
+    "wide, answers": Case(4, 512, 32000, SHORT[-1:] + LONG, answer=0.25),
+    "wide, answers, trimmed loop": Case(4, 512, 32000, SHORT[-1:] + LONG, answer=0.25, trimmed=True),
+    "half a billion's width, last layer, answers": Case(4, 896, 32000, SHORT[-1:] + LONG, [3], answer=0.25),
 }
 
 
@@ -62,7 +66,7 @@ def base(case: Case):
 
 def rows(case: Case, batch: int, length: int) -> list[dict]:
     tokens = torch.randint(3, case.vocabulary, (batch, length), generator=torch.Generator().manual_seed(1))
-    blank = 0 if case.answer is None else max(0, length - case.answer)
+    blank = 0 if case.answer is None else length - int(length * case.answer)
     return [{"input_ids": ids, "labels": [-100] * blank + ids[blank:]} for ids in tokens.tolist()]
 
 
@@ -102,10 +106,10 @@ def peft_step(case: Case, ensemble):
     for parameter in factors:
         parameter.requires_grad_(True)
     optimizer = torch.optim.AdamW(factors, lr=1e-4, fused=True)
-    kept = case.answer + 1 if case.trimmed and case.answer else 0  # 0: all
 
     def step(data: list[dict]) -> float:
         tokens, labels = (torch.tensor([row[name] for row in data]) for name in ("input_ids", "labels"))
+        kept = int((labels != -100).sum(1).max()) + 1 if case.trimmed else 0  # 0: all
         optimizer.zero_grad()
         s = []
         for member in range(MEMBERS):
