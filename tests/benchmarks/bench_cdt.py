@@ -216,8 +216,8 @@ def peak(n: int, length: int, layers: range, dtype: torch.dtype) -> None:
 
 
 def memory() -> None:
-    """The whole problem, 336 heads and 50 examples, of the shortest prompts: what is in flight is bounded whatever their length."""
-    peak(50, 2, range(24), torch.float32)
+    """The whole problem, 336 heads and 50 examples, of short prompts: what is in flight is bounded whatever their length."""
+    peak(50, 16, range(24), torch.float32)
 
 
 def long() -> None:

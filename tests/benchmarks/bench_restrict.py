@@ -64,15 +64,20 @@ def main() -> None:
     circuit = Circuit([(layer, head) for layer in upper for head in (1, 5, 9)], given.layers, 14)
     arms: dict[str, Stepper] = {"full fine-tuning": Stepper(base, list(base.parameters()), tokens)}
     entered = []
-    for name, heads in (("circuit + norms", circuit), ("norms only", circuit - circuit)):
+    for name, heads, norms in (
+        ("circuit + norms", circuit, "all"),
+        ("norms only", circuit - circuit, "all"),
+        ("circuit only", circuit, "none"),
+    ):
         hf = copy.deepcopy(base)
-        block = restrict(hf, HeadMask.from_circuit(heads, load(hf)), verify=False)
+        block = restrict(hf, HeadMask.from_circuit(heads, load(hf), norms=norms), verify=False)
         arms[name] = Stepper(hf.train(), list(block.__enter__().parameters()), tokens)
         entered.append(block)
-    lora = get_peft_model(
-        copy.deepcopy(base), LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj", "k_proj", "v_proj", "o_proj"])
-    )  # fmt: skip
-    arms["LoRA r=8 q,k,v,o"] = Stepper(lora.train(), [p for p in lora.parameters() if p.requires_grad], tokens)
+    for name, layers in (("LoRA r=8 q,k,v,o", None), ("the same, in the circuit's layers", list(upper))):
+        targets = ["q_proj", "k_proj", "v_proj", "o_proj"]
+        config = LoraConfig(r=8, lora_alpha=16, target_modules=targets, layers_to_transform=layers)
+        lora = get_peft_model(copy.deepcopy(base), config).train()
+        arms[name] = Stepper(lora, [p for p in lora.parameters() if p.requires_grad], tokens)
     seconds: dict[str, list[float]] = {name: [] for name in arms}
     for round_ in range(given.rounds + 1):
         for name, arm in arms.items():
