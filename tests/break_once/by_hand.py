@@ -37,11 +37,19 @@ BASE_MOVES = "        self.hf.eval()\n        next(self.hf.parameters()).data.mu
 COPY_SHARES = "    def __deepcopy__(self, memo):\n        return self\n\n    def delta(self"
 CALLS = 'vars(self).setdefault("calls", [])'
 RECOMPUTED = f"SlicedLinear.apply(x * ({CALLS}.append(0) or len({CALLS})),"
+RUN_PAGES = "README.md " + " ".join(
+    f"docs/{page}.md"
+    for page in "aisp attribution cdt ct_sft faithfulness figures judge renyi restricted_training sift site your_own".split()
+)
+ONE_OFF = "len(self._fixed)) - (len(self._fixed) > 1)\n"
 EDITS = [
     Edit("test_docs.py::test_python_blocks_parse*", "README.md docs/*.md", "", "\n```python\nfor\n```\n"),
     Edit("test_docs.py::test_every_python_block*", "README.md docs/*.md", "", "\n```python sketch\npass\n```\n"),
     Edit("test_docs.py::test_files_and_pictures*", "README.md", "", "`docs/nowhere.md`"),
     Edit("test_docs.py::test_links_to_files*", "README.md docs/*.md", "", "\n[nowhere](nowhere.md)\n"),
+    Edit("test_docs.py::test_python_blocks_run*", RUN_PAGES, "from circuits import ", "from circuits import gone, "),
+    Edit("test_docs.py::test_python_blocks_run*runs*", "docs/runs.md", 'spec["names"]', 'spec["gone"]'),
+    Edit("test_docs.py::test_the_index_*", "docs/README.md", "(cdt.md)", "(gone.md)"),
     Edit("test_docs.py::test_the_reference_is_up_to_date", "circuits/heads.py", "One attention head;", "A head;"),
     Edit("test_packaging.py::test_packages_import_one_way[[]circuits]", "circuits/heads.py", "", imports("viz")),
     Edit(
@@ -68,6 +76,8 @@ EDITS = [
         "from html import escape",
         "def escape(text):\n    return '<script>'",
     ),
+    Edit("test_display.py::test_results_print*embedding*", "circuits/embedding.py", "prompts of {", "prompts with {"),
+    Edit("test_viz.py::test_heatmap_of_a_large*", "viz/heatmaps.py", "_strips(scores)}", "_strips(scores, 200)}"),
     Edit(
         "test_display.py::test_nouns_show_*ensemble*", "interventions/ensemble.py", "escape(repr(self))", "type(self)"
     ),
@@ -133,6 +143,27 @@ EDITS = [
         "",
     ),
     Edit("test_sift.py::test_the_random_gate*", "interventions/sift.py", "[: sum(chosen)]", "[: sum(chosen) - 1]"),
+    Edit("test_browser.py::test_hover_shows*", "viz/heatmaps.py", "%{z:+.4g}", "%{z:+.2g}"),
+    Edit("test_browser.py::test_a_large_model*", "viz/heatmaps.py", "a%{y}.h%{x}", "a%{x}.h%{y}"),
+    Edit("test_browser.py::test_the_curve_shows*", "viz/curves.py", "heads: ", "head: "),
+    Edit("test_browser.py::test_lines_of*", "viz/page.py", "white-space: pre-line", "white-space: normal"),
+    Edit("test_browser.py::test_on_a_narrow*", "viz/page.py", ".plot { min-width: 760px; }", ""),
+    Edit("test_cli.py::test_help_is_quick*", "interventions/cli.py", "", "\nimport torch\n"),
+    Edit("test_dropin.py::test_the_*_example_runs*", "interventions/restriction.py", ":,} frozen", ":,} still"),
+    Edit("test_model.py::test_logging_and*", "circuits/lens.py", "logger.setLevel(level)", "pass"),
+    Edit(
+        "test_sharding.py::test_two_processes*",
+        "circuits/sharding.py",
+        "torch.cat(parts, -1)",
+        "torch.cat(parts[::-1], -1)",
+    ),
+    Edit("test_viz.py::test_colours_stay*", "viz/theme.py", '(0.4, "#a6cbe3")', '(0.4, "#e3cba6")'),
+    Edit("test_gallery.py::test_every_figure*", "viz/__init__.pyi", "", "\nfrom .theme import clean as clean\n"),
+    Edit("test_fewshot.py::test_agreement_with*", "circuits/heads.py", '"top10": overlap', '"top": overlap'),
+    Edit("test_display.py::test_results_print*roles*", "circuits/roles.py", ".top(3)", ".top(2)"),
+    Edit("test_cdt.py::test_approximations*", "circuits/decomposition.py", "out = moved *", "out = -moved *"),
+    Edit("test_injection.py::test_beams*", "interventions/prompt_end.py", "len(self._fixed))\n", ONE_OFF),
+    Edit("test_sift.py::test_both_losses*", "interventions/sift.py", "alpha=-scale)", "alpha=0 * scale)"),
     Edit("test_mutants.py::test_each_kind*", MISTAKES, "case ast.Raise() |", "case"),
     Edit("test_mutants.py::test_a_mistake_is*", MISTAKES, "return Mistake(", "return Mistake(1 or "),
     Edit(
