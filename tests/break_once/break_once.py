@@ -185,7 +185,7 @@ def main() -> None:
     parser.add_argument("--again", action="store_true", help="look again at tests that survived or only crashed")
     asked = parser.parse_args()
     search = Search(asked.seconds, asked.tries, asked.again)
-    options = ["-q", "-s", "-p", "no:cacheprovider", f"--rootdir={PROJECT}"]
+    options = ["-q", "-s", "-p", "no:cacheprovider", "-m", "", f"--rootdir={PROJECT}"]
     sys.exit(pytest.main([*options, *asked.tests], plugins=[search, search.forks]))
 
 

@@ -42,6 +42,7 @@ RUN_PAGES = "README.md " + " ".join(
     for page in "aisp attribution cdt ct_sft faithfulness figures judge renyi restricted_training sift site your_own".split()
 )
 ONE_OFF = "len(self._fixed)) - (len(self._fixed) > 1)\n"
+FLAT = "torch.cat([grad.flatten() for grad in grads])"
 EDITS = [
     Edit("test_docs.py::test_python_blocks_parse*", "README.md docs/*.md", "", "\n```python\nfor\n```\n"),
     Edit("test_docs.py::test_every_python_block*", "README.md docs/*.md", "", "\n```python sketch\npass\n```\n"),
@@ -161,9 +162,16 @@ EDITS = [
     Edit("test_gallery.py::test_every_figure*", "viz/__init__.pyi", "", "\nfrom .theme import clean as clean\n"),
     Edit("test_fewshot.py::test_agreement_with*", "circuits/heads.py", '"top10": overlap', '"top": overlap'),
     Edit("test_display.py::test_results_print*roles*", "circuits/roles.py", ".top(3)", ".top(2)"),
-    Edit("test_cdt.py::test_approximations*", "circuits/decomposition.py", "out = moved *", "out = -moved *"),
+    Edit(
+        "test_cdt.py::test_approximations*", "circuits/streams.py", "return x * scale *", "return x.flip(-1) * scale *"
+    ),
     Edit("test_injection.py::test_beams*", "interventions/prompt_end.py", "len(self._fixed))\n", ONE_OFF),
-    Edit("test_sift.py::test_both_losses*", "interventions/sift.py", "alpha=-scale)", "alpha=0 * scale)"),
+    Edit("test_sift.py::test_both_losses*", "interventions/sift.py", 'a < group["epsilon"]', 'a > group["epsilon"]'),
+    Edit("test_dropin.py::test_torch_compile*", "interventions/restriction.py", 'f"0 of {', 'f"1 of {'),
+    Edit("test_dropin.py::test_two_processes*", "interventions/restriction.py", ":,} frozen", ":,} still"),
+    Edit(
+        "test_coupled.py::test_two_processes*", "interventions/coupled.py", f'accelerator.reduce({FLAT}, "sum")', FLAT
+    ),
     Edit("test_mutants.py::test_each_kind*", MISTAKES, "case ast.Raise() |", "case"),
     Edit("test_mutants.py::test_a_mistake_is*", MISTAKES, "return Mistake(", "return Mistake(1 or "),
     Edit(
@@ -188,7 +196,7 @@ def failures(edit: Edit, names: list[str]) -> dict[str, str]:
         for pattern in edit.files.split():
             for file in list(copy.glob(pattern)) or [copy / pattern]:
                 make(edit, file)
-        command = [sys.executable, "-m", "pytest", "-q", "-rfE", "--tb=no", "-p", "no:cacheprovider", *names]
+        command = [sys.executable, "-m", "pytest", "-q", "-rfE", "--tb=no", "-p", "no:cacheprovider", "-m", "", *names]
         environment = {**os.environ, "COLUMNS": "250"}
         said = subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True).stdout
     lines = [line.removeprefix("FAILED ").removeprefix("ERROR ") for line in said.splitlines()]
