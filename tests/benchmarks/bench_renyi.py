@@ -1,6 +1,6 @@
 """Stacked members against the loop over PEFT adapters: `python tests/benchmarks/bench_renyi.py [--repeats 3] [--only CASE]`.
 
-One training step (forward, ℓ_α, backward, AdamW) of M = 8 members, r = 8, on random Llamas of several sizes; one thread by default.
+One training step (forward, ℓ_α, backward, AdamW) of M = 8 members, r = 8, on random Llamas of several sizes, on all cores (`--threads`).
 The loop is PEFT's documented way (set_adapter per member), with every adapter's requires_grad set again before backward,
 without which only the last one learns, and with the cross-entropy over all logits that transformers computes. Runs
 alternate; the table gives the median processor time and the best wall time. Both steps must have the same loss. Then peak
@@ -185,7 +185,7 @@ def memory() -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--only", action="append", choices=[*CASES, "memory"], help="default: everything")
     parser.add_argument("--peak", choices=("one", "two-pass", "joint"), help=argparse.SUPPRESS)
     given = parser.parse_args()
