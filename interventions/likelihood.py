@@ -8,7 +8,7 @@
 
 import inspect
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -128,26 +128,23 @@ class Objective:
     @contextmanager
     def _sum(self, rows: Tensor, which: slice, form: str) -> Iterator[Float[Tensor, "member batch"]]:
         batch = self.examples.select(rows).to(next(self.hf.parameters()).device)
-        *others, last = self._folds(which, batch)
         parts = []
-        for members in others:
-            with self.stack.attached(self.hf, members) as repeat:
-                parts.append(self._fold(batch, members, repeat, form))
-        with self.stack.attached(self.hf, last) as repeat:
-            parts.append(self._fold(batch, last, repeat, form))
+        with ExitStack() as attached:
+            for fold in self._folds(which, batch):
+                attached.close()  # the last stays until the caller is done: a checkpointed forward runs again in backward
+                members = slice(fold.start, fold.stop, fold.step)
+                repeat = attached.enter_context(self.stack.attached(self.hf, members))
+                parts.append(combine(token_values(self.hf, batch, len(fold), repeat), batch, form))
             yield torch.cat(parts)
 
-    def _folds(self, which: slice, batch: Examples) -> list[slice]:
+    def _folds(self, which: slice, batch: Examples) -> list[range]:
         """Members of one forward each: all at once where they share layers, and where the forward may run again."""
         members = range(self.stack.members)[which]
-        whole = self.stack.first or batch.tokens.is_cuda or getattr(self.hf, "is_gradient_checkpointing", False)
-        count = len(members) if whole else max(1, FOLDED_TOKENS // batch.tokens.numel())
-        return [
-            slice(part[0], part[-1] + 1) for part in (members[n : n + count] for n in range(0, len(members), count))
-        ]
-
-    def _fold(self, batch: Examples, members: slice, repeat: int, form: str) -> Float[Tensor, "member batch"]:
-        return combine(token_values(self.hf, batch, members.stop - members.start, repeat), batch, form)
+        checkpointing = any(getattr(module, "gradient_checkpointing", False) for module in self.hf.modules())
+        if self.stack.first or batch.tokens.is_cuda or checkpointing:
+            return [members]
+        count = max(1, FOLDED_TOKENS // batch.tokens.numel())
+        return [members[start : start + count] for start in range(0, len(members), count)]
 
 
 def token_values(hf: nn.Module, batch: Examples, count: int = 1, repeat: int = 1) -> Float[Tensor, "member target"]:

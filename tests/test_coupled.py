@@ -10,8 +10,6 @@ from interventions.renyi import renyi_loss
 
 from models import ragged, tiny
 
-pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
-
 ROWS = [{"input_ids": ids, "labels": [-100] * 2 + ids[2:]} for ids in ragged(6)]
 PAIRS = [
     {"prompt": a[:3], "chosen": a[3:], "rejected": b[3:]} for a, b in zip(ragged(5), ragged(5, seed=1), strict=True)
@@ -245,6 +243,7 @@ def test_gradient_checkpointing_changes_nothing():
     torch.testing.assert_close(gradients(ensemble, ROWS, joint_gradient), plain, atol=1e-6, rtol=1e-4)
 
 
+@pytest.mark.filterwarnings("error")  # also the one that is let pass for PEFT's sake
 @pytest.mark.parametrize("family", ("llama", "gpt2"))
 def test_members_in_several_folds_are_members_in_one(family, monkeypatch):
     """A fold of at most so many tokens; but one forward where members share layers, or where it runs again."""
