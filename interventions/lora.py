@@ -1,8 +1,8 @@
 """Stacked LoRA: M adapters of one frozen model, run in one forward pass.
 
-1. Every target (a linear layer or GPT-2's Conv1D) of base output W x gets A [member, in, r], B [member, r, out].
+1. Every target (a linear layer or GPT-2's Conv1D) of base output W x gets A [member, r, in], B [member, r, out].
 2. Examples are folded member-major, [member · batch, position, ...]; base weights are read once for all members, and
-   the update is one batched product: y = W x + (lora_alpha / r) · (x A) B.
+   the update is one batched product: y = W x + (lora_alpha / r) · (x Aᵀ) B.
 3. Layers below the first adapted one see the plain batch: the batch is repeated at the door of the first adapted layer.
 4. A circuit confines members to its heads: rows of B (q, k, v) and columns of A (o) outside them are held at zero.
 
@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from circuits.files import read_json, write_atomically, write_json
 
@@ -27,13 +28,41 @@ from .targets import Keep, find_blocks, find_targets, is_conv1d, layer_of, shape
 
 def low_rank(
     x: Float[Tensor, "member row in"],
-    A: Float[Tensor, "member in r"],
+    A: Float[Tensor, "member r in"],
     B: Float[Tensor, "member r out"],
     base: Float[Tensor, "member row out"],
     scale: float,
 ) -> Float[Tensor, "member row out"]:
-    """base + scale · (x A) B for every member at once, written into `base`."""
-    return base.baddbmm_(torch.bmm(x, A), B, alpha=scale)
+    """base + scale · (x Aᵀ) B for every member at once, written into `base`."""
+    return base.baddbmm_(torch.bmm(A, x.mT).mT, B, alpha=scale)  # A xᵀ: twice as fast as x Aᵀ on a CPU
+
+
+class AdaptedLinear(torch.autograd.Function):
+    """`low_rank` on top of a frozen matrix: both ways to x in one gradient, and no copy of the output's gradient.
+
+    ∂x = g W + scale · (B gᵀ)ᵀ A, ∂A = scale · (B gᵀ) x, ∂B = scale · (A xᵀ) g. Left alone, autograd adds ∂x up from
+    two parts, and copies g of every update written into a view.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, A: Tensor, B: Tensor, base: Tensor, W: Tensor, scale: float) -> Tensor:
+        rows = x.reshape(len(A), -1, x.shape[-1])
+        inner = torch.bmm(A, rows.mT)
+        base.view(len(A), -1, base.shape[-1]).baddbmm_(inner.mT, B, alpha=scale)
+        ctx.mark_dirty(base)
+        ctx.save_for_backward(rows, inner, A, B, W)
+        ctx.scale, ctx.shape = scale, x.shape
+        return base
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor):
+        rows, inner, A, B, W = ctx.saved_tensors
+        g = grads[0].reshape(len(A), -1, B.shape[-1])
+        back, x = torch.bmm(B, g.mT).mul_(ctx.scale), None
+        if ctx.needs_input_grad[0]:
+            x = (g.flatten(0, 1) @ W).view_as(rows).baddbmm_(back.mT, A).view(ctx.shape)
+        return x, torch.bmm(back, rows), torch.bmm(inner, g).mul_(ctx.scale), None, None, None
 
 
 class StackedLoRA(nn.Module):
@@ -80,12 +109,12 @@ class StackedLoRA(nn.Module):
         return self.lora_alpha / self.r
 
     def factors(self, number: int, which: slice | Tensor = slice(None)) -> tuple[Tensor, Tensor]:
-        """A [member, in, r] and B [member, r, out] of a target, zero outside the circuit."""
+        """A [member, r, in] and B [member, r, out] of a target, zero outside the circuit."""
         A, B = self.A[number], self.B[number]
         if not (isinstance(which, slice) and which == slice(None)):
             A, B = A[which], B[which]
         if self.confined:
-            A = A * getattr(self, f"columns_{number}")[:, None]
+            A = A * getattr(self, f"columns_{number}")
             B = B * getattr(self, f"rows_{number}")
         return A, B
 
@@ -105,8 +134,9 @@ class StackedLoRA(nn.Module):
                 stack.callback(parameter.requires_grad_, True)
                 parameter.requires_grad_(False)
             for number, name in enumerate(self.names):
-                hook = self._update(self.factors(number, which), count)
-                stack.callback(hf.get_submodule(name).register_forward_hook(hook).remove)
+                module = hf.get_submodule(name)
+                hook = self._update(self.factors(number, which), count, _plain_matrix(module))
+                stack.callback(module.register_forward_hook(hook).remove)
             if first is not None and count > 1:
                 repeat = _Repeat(count)
                 for layer, block in enumerate(hf.get_submodule(blocks).children()):
@@ -115,14 +145,17 @@ class StackedLoRA(nn.Module):
                         stack.callback(block.register_forward_pre_hook(hook, with_kwargs=True).remove)
             yield 1 if first is not None or not fold else count
 
-    def _update(self, factors: tuple[Tensor, Tensor], count: int):
+    def _update(self, factors: tuple[Tensor, Tensor], count: int, W: Float[Tensor, "out in"] | None):
         A, B = factors
 
         def hook(module, args, output):
+            dropout = self.dropout and self.training
+            if W is not None and not dropout and A.dtype == args[0].dtype == output.dtype:
+                return AdaptedLinear.apply(args[0], A, B, output.detach(), W, self.scale)
             # The update is computed in the adapters' precision and added in it, as PEFT does on a half precision base.
             x = args[0].to(A.dtype)
             x = x.reshape(count, -1, x.shape[-1])
-            if self.dropout and self.training:
+            if dropout:
                 x = nn.functional.dropout(x, self.dropout)
             base = output.to(A.dtype).reshape(count, -1, output.shape[-1])
             return low_rank(x, A, B, base, self.scale).view_as(output).to(output.dtype)
@@ -157,7 +190,7 @@ class StackedLoRA(nn.Module):
         state = {}
         for number, name in enumerate(self.names):
             A, B = self.factors(number)
-            state[f"base_model.model.{name}.lora_A.weight"] = A[member].T.detach().cpu().contiguous()
+            state[f"base_model.model.{name}.lora_A.weight"] = A[member].detach().cpu().contiguous()
             state[f"base_model.model.{name}.lora_B.weight"] = B[member].T.detach().cpu().contiguous()
         return state
 
@@ -171,8 +204,8 @@ class StackedLoRA(nn.Module):
             )
         with torch.no_grad():
             for number, name in enumerate(self.names):
-                for factor, stacked in (("A", self.A[number]), ("B", self.B[number])):
-                    value = state[f"base_model.model.{name}.lora_{factor}.weight"].T
+                for factor, stacked in (("A", self.A[number]), ("B", self.B[number].mT)):
+                    value = state[f"base_model.model.{name}.lora_{factor}.weight"]
                     given, expected = tuple(value.shape), tuple(stacked.shape[1:])
                     if given != expected:
                         raise ValueError(f"{name}: lora_{factor} is {given}; expected {expected}")
@@ -214,6 +247,16 @@ class StackedLoRA(nn.Module):
         self.load_member_state(member, load((Path(directory) / "adapter_model.safetensors").read_bytes()))
 
 
+def _plain_matrix(module: nn.Module) -> Float[Tensor, "out in"] | None:
+    """What `module` multiplies by, where that, in full sight, is all it does: not packed, not elsewhere, not hooked."""
+    if type(module) is not nn.Linear and not is_conv1d(module):
+        return None
+    W = module.weight
+    if type(W) is not nn.Parameter or module._forward_hooks or "forward" in vars(module):  # the last: offloaded
+        return None
+    return W.T if is_conv1d(module) else W
+
+
 class _Repeat:
     """Pre-hooks of layers: repeat every tensor of the plain batch, member-major."""
 
@@ -246,11 +289,11 @@ class _Repeat:
         return self.done[id(value)][1]
 
 
-def _initial(members: int, inputs: int, r: int, seed: int, number: int) -> Float[Tensor, "member in r"]:
+def _initial(members: int, inputs: int, r: int, seed: int, number: int) -> Float[Tensor, "member r in"]:
     """PEFT's A, uniform in ±1/√in; one seed per member, so that member 3 of 4 starts as member 3 of 8."""
     bound = 1 / math.sqrt(inputs)
     draws = []
     for member in range(members):
         generator = torch.Generator().manual_seed(((seed * 1009 + member) * 4093 + number) % 2**63)
         draws.append((torch.rand(inputs, r, generator=generator) * 2 - 1) * bound)
-    return torch.stack(draws)
+    return torch.stack(draws).mT.contiguous()

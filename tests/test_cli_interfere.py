@@ -137,7 +137,7 @@ def test_adapters_are_measured_and_merged_as_the_changes_they_are(monkeypatch, c
     assert code == 0, err
     merged, base = (load(source).hf.model.layers for source in (tmp_path / "merged", "pocket"))
     for layer, (A, B) in enumerate(zip(ensemble.stack.A, ensemble.stack.B, strict=True)):
-        change = ensemble.stack.scale * torch.einsum("mir,mro->oi", A, B)
+        change = ensemble.stack.scale * torch.einsum("mri,mro->oi", A, B)
         moved = merged[layer].self_attn.q_proj.weight - base[layer].self_attn.q_proj.weight
         torch.testing.assert_close(moved, change, atol=1e-5, rtol=1e-4)
     assert torch.equal(merged[2].self_attn.q_proj.weight, base[2].self_attn.q_proj.weight)

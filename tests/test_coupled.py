@@ -85,8 +85,8 @@ def test_gradient_equals_a_loop_over_peft_adapters(family, tmp_path):
     for member, model in enumerate(peft):
         grads = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.requires_grad}
         for factor in "AB":
-            expected = [grads[f"base_model.model.{n}.lora_{factor}.default.weight"].T for n in ensemble.stack.names]
-            mine = [p.grad[member] for p in (ensemble.stack.A if factor == "A" else ensemble.stack.B)]
+            expected = [grads[f"base_model.model.{n}.lora_{factor}.default.weight"] for n in ensemble.stack.names]
+            mine = [p.grad[member] if factor == "A" else p.grad[member].T for p in getattr(ensemble.stack, factor)]
             for ours, theirs in zip(mine, expected, strict=True):
                 torch.testing.assert_close(ours, theirs.float(), atol=2e-5, rtol=1e-3)
     assert (found.norm(dim=1) > 0).all()
@@ -197,7 +197,7 @@ def test_circuit_members_stay_confined_through_decay_and_momentum():
     A, B = names["model.layers.1.self_attn.q_proj"]
     assert B[..., 16:24].abs().min() > 0 and B[..., :16].abs().max() == 0 and B[..., 24:].abs().max() == 0
     A, B = names["model.layers.1.self_attn.o_proj"]
-    assert A[:, 16:24].abs().min() > 0 and A[:, :16].abs().max() == 0 and A[:, 24:].abs().max() == 0
+    assert A[..., 16:24].abs().min() > 0 and A[..., :16].abs().max() == 0 and A[..., 24:].abs().max() == 0
     assert set(names) == {f"model.layers.1.self_attn.{n}_proj" for n in "qkvo"}
 
 

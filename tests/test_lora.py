@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from circuits import Circuit, Head
-from interventions.lora import StackedLoRA
+from interventions.lora import AdaptedLinear, StackedLoRA
 from interventions.targets import confine, find_blocks
 
 from models import FAMILIES, ragged, shared_tiny, tiny
@@ -131,7 +131,7 @@ def test_circuit_confines_members_to_rows_and_columns_of_its_heads(family):
                 owned[name] |= {(piece.dim, i) for i in range(piece.start, piece.stop)}
     for number, name in enumerate(stack.names):
         A, B = stack.factors(number)
-        delta = (A @ B)[0].detach()  # [in, out]
+        delta = (A.mT @ B)[0].detach()  # [in, out]
         weight = model.hf.get_submodule(name).weight
         delta = delta if delta.shape == weight.shape and family == "gpt2" else delta.T
         moved = {(dim, i) for dim in (0, 1) for i in range(weight.shape[dim]) if delta.select(dim, i).abs().max() > 0}
@@ -144,6 +144,56 @@ def test_half_precision_base_keeps_adapters_in_single():
     stack = stacked(hf)
     out = member_outputs(hf, stack, batch())
     assert out.dtype == torch.bfloat16 and stack.A[0].dtype == torch.float32 and (out[0] - out[1]).abs().max() > 0
+
+
+@pytest.mark.parametrize("bias", (False, True))
+def test_gradients_of_an_adapted_layer_are_its_slopes(bias):
+    """By finite differences, in double precision; the layer's own output is a view where it has a bias."""
+    layer = torch.nn.Linear(4, 5, bias=bias).double().requires_grad_(False)
+    sizes = ((2, 3, 4), (2, 2, 4), (2, 2, 5))  # two members, a text of three tokens each
+    x, A, B = (torch.randn(size, dtype=torch.float64, generator=torch.Generator().manual_seed(3)) for size in sizes)
+
+    def adapted(x, A, B):
+        return AdaptedLinear.apply(x, A, B, layer(x).detach(), layer.weight, 0.7)
+
+    leaves = [tensor.requires_grad_() for tensor in (x, A, B)]
+    torch.testing.assert_close(adapted(*leaves), layer(x) + 0.7 * (x @ A.mT) @ B)
+    assert torch.autograd.gradcheck(adapted, leaves)
+    assert adapted(x.detach(), A, B).sum().backward() is None and A.grad.abs().sum() > 0  # below it nothing learns
+
+
+def learned(hf, stack) -> list[torch.Tensor]:
+    with stack.attached(hf) as repeat:
+        logits = hf(**{name: value.repeat(repeat, 1) for name, value in batch().items()}).logits
+    logits[:, :4].log_softmax(-1)[..., 7].sum().backward()
+    return [parameter.grad for parameter in stack.parameters()]
+
+
+@pytest.mark.parametrize("family", ("llama", "gpt2"))
+def test_a_layer_that_others_hooked_is_left_to_autograd(family):
+    """What their hook does to the output keeps its gradient, and members learn the same."""
+    hf, plain = tiny(family), tiny(family)
+    stack, strength = stacked(hf), torch.ones((), requires_grad=True)
+    for name in stack.names:
+        hf.get_submodule(name).register_forward_hook(lambda module, args, output: strength * output)
+    for ours, theirs in zip(learned(hf, stack), learned(plain, stacked(plain)), strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-3)
+        assert theirs.abs().max() > 0
+    assert strength.grad.abs() > 0.1
+
+
+def test_an_offloaded_layer_is_left_to_autograd():
+    """Between its forwards such a layer has no weights to multiply by."""
+    from accelerate.hooks import AlignDevicesHook, add_hook_to_module
+
+    hf, plain = tiny("llama"), tiny("llama")
+    stack, layer = stacked(hf, target_modules=["up_proj"]), hf.model.layers[1].mlp.up_proj
+    add_hook_to_module(layer, AlignDevicesHook(execution_device="cpu", offload=True))
+    assert layer.weight.is_meta
+    expected = learned(plain, stacked(plain, target_modules=["up_proj"]))
+    for ours, theirs in zip(learned(hf, stack), expected, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-3)
+        assert theirs.abs().max() > 0
 
 
 def test_hooks_go_and_gradients_return_when_the_model_fails():

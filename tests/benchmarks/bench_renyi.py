@@ -1,10 +1,10 @@
-"""Stacked members against the loop over PEFT adapters: `python tests/benchmarks/bench_renyi.py [--repeats 3] [--only CASE]`.
+"""Stacked members against the loop over PEFT adapters: `python tests/benchmarks/bench_renyi.py [--repeats 4] [--only CASE]`.
 
 One training step (forward, ℓ_α, backward, AdamW) of M = 8 members, r = 8, on random Llamas of several sizes, on all cores (`--threads`).
 The loop is PEFT's documented way (set_adapter per member), with every adapter's requires_grad set again before backward,
-without which only the last one learns, and with the cross-entropy over all logits that transformers computes. Runs
-alternate; the table gives the median processor time and the best wall time. Both steps must have the same loss. Then peak
-memory of joint and two-pass training, each in a fresh process (`--only memory`).
+without which only the last one learns, and with the cross-entropy over all logits that transformers computes. The two take
+turns of 3 steps, as training has steps that follow one another, and change who is first; medians after three turns.
+Both must have the same losses. Then peak memory of joint and two-pass training, each in a fresh process (`--only memory`).
 """
 
 import argparse
@@ -23,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 MEMBERS, R, ALPHA = 8, 8, 0.8
 # glibc gives freed memory back at once, so that what one step kept is not mistaken for what the next one needs.
 RETURN = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+TURN, WARM = 3, 3  # steps of a turn; first turns that do not count: memory settles after some ten steps
 SHORT, LONG = ((1, 8), (1, 16), (1, 32)), ((4, 128),)
 
 
@@ -137,13 +138,14 @@ def speed(name: str, case: Case, repeats: int) -> None:
     ours, ensemble = stacked_step(case)
     theirs = peft_step(case, ensemble)
     for shape in case.shapes:
-        data, times = rows(case, *shape), {"peft": [], "stacked": []}
-        for _ in range(repeats + 1):
-            times["peft"].append(measure(theirs, data))
-            times["stacked"].append(measure(ours, data))
-        gap = max(abs(a[2] - b[2]) / abs(a[2]) for a, b in zip(times["peft"], times["stacked"], strict=True))
-        cpu = {way: statistics.median(run[1] for run in runs[1:]) for way, runs in times.items()}
-        wall = {way: min(run[0] for run in runs[1:]) for way, runs in times.items()}
+        data, ways = rows(case, *shape), {"peft": theirs, "stacked": ours}
+        times = {way: [] for way in ways}
+        for number in range(WARM + repeats):
+            for way in sorted(ways, reverse=number % 2 == 0):
+                times[way] += [(number, *measure(ways[way], data)) for _ in range(TURN)]
+        gap = max(abs(a[3] - b[3]) / abs(a[3]) for a, b in zip(times["peft"], times["stacked"], strict=True))
+        cpu = {way: statistics.median(run[2] for run in runs if run[0] >= WARM) for way, runs in times.items()}
+        wall = {way: statistics.median(run[1] for run in runs if run[0] >= WARM) for way, runs in times.items()}
         print(
             f"| {name} | {shape[0]} x {shape[1]} | {1e3 * cpu['peft']:.0f} | {1e3 * cpu['stacked']:.0f} | "
             f"{cpu['peft'] / cpu['stacked']:.1f}x | {wall['peft'] / wall['stacked']:.1f}x | {gap:.0e} |",
@@ -184,7 +186,7 @@ def memory() -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=int, default=4)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--only", action="append", choices=[*CASES, "memory"], help="default: everything")
     parser.add_argument("--peak", choices=("one", "two-pass", "joint"), help=argparse.SUPPRESS)
@@ -194,7 +196,7 @@ if __name__ == "__main__":
         print(peak(given.peak))
         raise SystemExit
     asked = given.only or [*CASES, "memory"]
-    print("| model | batch x tokens | PEFT loop, CPU ms | stacked, CPU ms | ratio | best wall times | same loss to |")
+    print("| model | batch x tokens | PEFT loop, CPU ms | stacked, CPU ms | ratio | wall times | same loss to |")
     print("|---|---|---|---|---|---|---|")
     for name in asked:
         memory() if name == "memory" else speed(name, CASES[name], given.repeats)
