@@ -23,7 +23,7 @@ from torch.autograd.function import once_differentiable
 
 from circuits.files import read_json, write_atomically, write_json
 
-from .targets import Keep, find_blocks, find_targets, is_conv1d, layer_of, shape
+from .targets import Keep, find_blocks, find_targets, is_conv1d, layer_of, shape, untouched
 
 
 def low_rank(
@@ -32,9 +32,11 @@ def low_rank(
     B: Float[Tensor, "member r out"],
     base: Float[Tensor, "member row out"],
     scale: float,
-) -> Float[Tensor, "member row out"]:
-    """base + scale · (x Aᵀ) B for every member at once, written into `base`."""
-    return base.baddbmm_(torch.bmm(A, x.mT).mT, B, alpha=scale)  # A xᵀ: twice as fast as x Aᵀ on a CPU
+) -> Float[Tensor, "member r row"]:
+    """base + scale · (x Aᵀ) B for every member at once, written into `base`. Returns A xᵀ, which the gradient needs."""
+    inner = torch.bmm(A, x.mT)  # on a CPU twice as fast as x Aᵀ
+    base.baddbmm_(inner.mT, B, alpha=scale)
+    return inner
 
 
 class AdaptedLinear(torch.autograd.Function):
@@ -47,8 +49,7 @@ class AdaptedLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, A: Tensor, B: Tensor, base: Tensor, W: Tensor, scale: float) -> Tensor:
         rows = x.reshape(len(A), -1, x.shape[-1])
-        inner = torch.bmm(A, rows.mT)
-        base.view(len(A), -1, base.shape[-1]).baddbmm_(inner.mT, B, alpha=scale)
+        inner = low_rank(rows, A, B, base.view(len(A), -1, base.shape[-1]), scale)
         ctx.mark_dirty(base)
         ctx.save_for_backward(rows, inner, A, B, W)
         ctx.scale, ctx.shape = scale, x.shape
@@ -158,7 +159,8 @@ class StackedLoRA(nn.Module):
             if dropout:
                 x = nn.functional.dropout(x, self.dropout)
             base = output.to(A.dtype).reshape(count, -1, output.shape[-1])
-            return low_rank(x, A, B, base, self.scale).view_as(output).to(output.dtype)
+            low_rank(x, A, B, base, self.scale)
+            return base.view_as(output).to(output.dtype)
 
         return hook
 
@@ -249,12 +251,10 @@ class StackedLoRA(nn.Module):
 
 def _plain_matrix(module: nn.Module) -> Float[Tensor, "out in"] | None:
     """What `module` multiplies by, where that, in full sight, is all it does: not packed, not elsewhere, not hooked."""
-    if type(module) is not nn.Linear and not is_conv1d(module):
+    plain = type(module) is nn.Linear or is_conv1d(module)
+    if not plain or type(module.weight) is not nn.Parameter or not untouched(module):
         return None
-    W = module.weight
-    if type(W) is not nn.Parameter or module._forward_hooks or "forward" in vars(module):  # the last: offloaded
-        return None
-    return W.T if is_conv1d(module) else W
+    return module.weight.T if is_conv1d(module) else module.weight
 
 
 class _Repeat:

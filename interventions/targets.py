@@ -16,6 +16,11 @@ def is_conv1d(module: nn.Module) -> bool:
     return type(module).__name__ == "Conv1D"
 
 
+def untouched(module: nn.Module) -> bool:
+    """Whether it does what its class does: nothing is hooked on it, and no other forward (an offloader's, say) put in."""
+    return not (module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
+
+
 def shape(module: nn.Module) -> tuple[int, int]:
     """(inputs, outputs) of a linear layer or Conv1D."""
     weight: Any = module.weight

@@ -17,6 +17,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from .targets import untouched
+
 
 class HiddenLogLikelihood(torch.autograd.Function):
     """`rows` hidden states at a time: the buffer of logits is rows x vocabulary."""
@@ -68,9 +70,8 @@ def plain_head(hf: nn.Module) -> nn.Linear | None:
     head = hf.get_output_embeddings() if hasattr(hf, "get_output_embeddings") else None  # pyright: ignore
     if type(head) is not nn.Linear or hf in _CHANGED_LATER:
         return None
-    touched = head._forward_hooks or head._forward_pre_hooks or hasattr(head, "_hf_hook")  # adapters, offloading
     learns = torch.is_grad_enabled() and any(parameter.requires_grad for parameter in head.parameters())
-    return None if touched or learns else head
+    return head if untouched(head) and not learns else None
 
 
 def hidden_states(

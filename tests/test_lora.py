@@ -34,11 +34,13 @@ def batch(side: str = "right") -> dict[str, torch.Tensor]:
     return {"input_ids": tokens, "attention_mask": mask}
 
 
-@torch.no_grad()
-def member_outputs(hf, stack, inputs) -> torch.Tensor:
+def outputs(hf, stack, inputs) -> torch.Tensor:
     with stack.attached(hf) as repeat:
         logits = hf(**{name: value.repeat(repeat, 1) for name, value in inputs.items()}).logits
     return logits.view(stack.members, len(inputs["input_ids"]), *logits.shape[1:])
+
+
+member_outputs = torch.no_grad()(outputs)
 
 
 @pytest.mark.parametrize("width", WIDTHS)
@@ -159,13 +161,12 @@ def test_gradients_of_an_adapted_layer_are_its_slopes(bias):
     leaves = [tensor.requires_grad_() for tensor in (x, A, B)]
     torch.testing.assert_close(adapted(*leaves), layer(x) + 0.7 * (x @ A.mT) @ B)
     assert torch.autograd.gradcheck(adapted, leaves)
-    assert adapted(x.detach(), A, B).sum().backward() is None and A.grad.abs().sum() > 0  # below it nothing learns
+    adapted(x.detach(), A, B).sum().backward()  # below it nothing learns
+    assert A.grad.abs().sum() > 0
 
 
 def learned(hf, stack) -> list[torch.Tensor]:
-    with stack.attached(hf) as repeat:
-        logits = hf(**{name: value.repeat(repeat, 1) for name, value in batch().items()}).logits
-    logits[:, :4].log_softmax(-1)[..., 7].sum().backward()
+    outputs(hf, stack, batch())[:, :, :4].log_softmax(-1)[..., 7].sum().backward()
     return [parameter.grad for parameter in stack.parameters()]
 
 

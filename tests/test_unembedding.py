@@ -91,6 +91,16 @@ def test_a_scale_after_the_output_layer_is_respected(in_place):
     torch.testing.assert_close(token_values(Scaled(hf), batch)[0], wanted, atol=1e-5, rtol=1e-4)
 
 
+def test_an_output_layer_that_others_touched_is_run():
+    hf = tiny("llama").requires_grad_(False)
+    handle = hf.lm_head.register_forward_pre_hook(lambda module, args: None)
+    assert plain_head(hf) is None
+    handle.remove()
+    assert plain_head(hf) is hf.lm_head
+    hf.lm_head.forward = lambda hidden: 2 * torch.nn.functional.linear(hidden, hf.lm_head.weight)
+    assert plain_head(hf) is None
+
+
 def test_an_adapted_or_training_output_layer_is_run():
     hf = tiny("llama")
     assert plain_head(hf) is None  # its weights learn

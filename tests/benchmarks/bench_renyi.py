@@ -142,10 +142,10 @@ def speed(name: str, case: Case, repeats: int) -> None:
         times = {way: [] for way in ways}
         for number in range(WARM + repeats):
             for way in sorted(ways, reverse=number % 2 == 0):
-                times[way] += [(number, *measure(ways[way], data)) for _ in range(TURN)]
-        gap = max(abs(a[3] - b[3]) / abs(a[3]) for a, b in zip(times["peft"], times["stacked"], strict=True))
-        cpu = {way: statistics.median(run[2] for run in runs if run[0] >= WARM) for way, runs in times.items()}
-        wall = {way: statistics.median(run[1] for run in runs if run[0] >= WARM) for way, runs in times.items()}
+                times[way] += [measure(ways[way], data) for _ in range(TURN)]
+        gap = max(abs(a[2] - b[2]) / abs(a[2]) for a, b in zip(times["peft"], times["stacked"], strict=True))
+        cpu = {way: statistics.median(run[1] for run in runs[WARM * TURN :]) for way, runs in times.items()}
+        wall = {way: statistics.median(run[0] for run in runs[WARM * TURN :]) for way, runs in times.items()}
         print(
             f"| {name} | {shape[0]} x {shape[1]} | {1e3 * cpu['peft']:.0f} | {1e3 * cpu['stacked']:.0f} | "
             f"{cpu['peft'] / cpu['stacked']:.1f}x | {wall['peft'] / wall['stacked']:.1f}x | {gap:.0e} |",
